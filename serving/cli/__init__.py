@@ -1,0 +1,1 @@
+"""The serving command, one module a command group."""

@@ -1,0 +1,284 @@
+"""Configuration: YAML and environment to frozen, typed models; anything wrong fails loudly."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
+
+from serving.errors import ConfigError
+
+MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
+VERSION_PATTERN = r"^(@[A-Za-z][A-Za-z0-9_-]{0,63}|[1-9][0-9]{0,8})$"
+
+ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME_PATTERN)]
+VersionRef = Annotated[str, StringConstraints(pattern=VERSION_PATTERN)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class GatewayConfig(_Frozen):
+    """The HTTP data plane."""
+
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on. Loopback unless told otherwise."
+    )
+    port: Port = Field(8000, description="Open Inference Protocol v2 over HTTP.")
+    replicas: int = Field(
+        1, ge=1, le=64, description="Gateway processes; they share the port (SO_REUSEPORT)."
+    )
+    server_name: str = Field("serving-gateway", description="The name that GET /v2 reports.")
+    max_body_bytes: int = Field(
+        64 << 20, ge=1024, description="Largest request body, after decompression."
+    )
+    max_header_bytes: int = Field(64 << 10, ge=1024, description="Largest request head.")
+    max_json_depth: int = Field(32, ge=4, le=512, description="Deepest nesting of a JSON body.")
+    max_elements: int = Field(1 << 26, ge=1, description="Most elements in one tensor.")
+    keep_alive_s: float = Field(75.0, gt=0, description="An idle connection is closed after this.")
+    read_timeout_s: float = Field(
+        30.0, gt=0, description="A request must have arrived whole within this."
+    )
+    write_timeout_s: float = Field(
+        30.0, gt=0, description="A client must accept its reply within this."
+    )
+    drain_s: float = Field(
+        15.0, gt=0, description="At shutdown, the longest wait for requests in flight."
+    )
+
+
+class ControlConfig(_Frozen):
+    """The controller: admin API and metrics."""
+
+    host: str = Field(
+        "127.0.0.1",
+        description="Address of the admin API and /metrics. Loopback unless told otherwise.",
+    )
+    port: Port = Field(8002, description="Admin API and /metrics.")
+    tick_s: float = Field(
+        1.0, ge=0.1, le=60, description="Period of reports, flushes and reconciliation."
+    )
+
+
+class RegistryConfig(_Frozen):
+    """The MLflow model registry."""
+
+    uri: str | None = Field(
+        None, description="MLflow tracking and registry URI. Default: SQLite in `home`."
+    )
+
+
+class StoreConfig(_Frozen):
+    """The control store."""
+
+    url: str | None = Field(None, description="SQLAlchemy URL. Default: SQLite in `home`.")
+
+
+class ClusterConfig(_Frozen):
+    """The Ray cluster. With RAY_ADDRESS set that cluster is used and `num_cpus` is ignored."""
+
+    num_cpus: int | None = Field(
+        None, ge=1, description="Logical CPUs of the embedded Ray. Default: all cores."
+    )
+
+
+class BatchingConfig(_Frozen):
+    """How requests are merged into one run of the model."""
+
+    max_size: int = Field(64, ge=1, le=65536, description="Most rows in one run.")
+    max_delay_ms: float = Field(
+        0.0,
+        ge=0,
+        le=10_000,
+        description="Longest wait for batch-mates. 0: leave as soon as a replica is free.",
+    )
+    buckets: tuple[int, ...] | None = Field(
+        None,
+        description="Pad a batch up to one of these row counts. "
+        "Default: no padding (powers of two on CUDA).",
+    )
+
+    @field_validator("buckets")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and (not value or value[0] < 1 or list(value) != sorted(set(value))):
+            raise ValueError("must be a non-empty, strictly ascending list of row counts ≥ 1")
+        return value
+
+
+class QueueConfig(_Frozen):
+    """What may wait for a replica. A request past these bounds is answered 429 or 503 at once."""
+
+    max_rows: int = Field(8192, ge=1, description="Most rows waiting for one version.")
+    max_wait_ms: float = Field(2000.0, gt=0, description="Longest estimated wait at admission.")
+    hold_ms: float = Field(
+        15_000.0,
+        ge=0,
+        description="How long requests may wait while all replicas are being replaced.",
+    )
+
+
+class OnnxConfig(_Frozen):
+    """ONNX Runtime session options."""
+
+    intra_op_threads: int = Field(
+        1, ge=0, le=256, description="Threads inside an operator; 0: one per core."
+    )
+    inter_op_threads: int = Field(1, ge=1, le=256, description="Operators run side by side.")
+    graph_optimization: Literal["disabled", "basic", "extended", "all"] = "all"
+    providers: tuple[Literal["tensorrt", "cuda", "cpu"], ...] | None = Field(
+        None, description="Execution providers in order. Default: by `device`."
+    )
+
+
+class TorchConfig(_Frozen):
+    """Torch settings."""
+
+    threads: int = Field(
+        1, ge=0, le=256, description="Intra-op threads on the CPU; 0: torch's own choice."
+    )
+    compile: bool = Field(
+        False, description="Run `torch.compile` over the loaded module at warm-up."
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="Cast floating-point weights and inputs. Default: as exported."
+    )
+
+
+class ModelConfig(_Frozen):
+    """One served model."""
+
+    version: VersionRef = Field(
+        "@champion", description="What /v2/models/NAME answers with: a number or an @alias."
+    )
+    also_serve: tuple[VersionRef, ...] = Field(
+        (), description="More versions, addressed by /versions/V only."
+    )
+    replicas: int = Field(1, ge=1, le=1000, description="Replicas per version.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="`cuda` refuses to start without a GPU."
+    )
+    timeout_ms: float = Field(30_000.0, gt=0, description="Default deadline of a request.")
+    batching: BatchingConfig = BatchingConfig()
+    queue: QueueConfig = QueueConfig()
+    onnx: OnnxConfig = OnnxConfig()
+    torch: TorchConfig = TorchConfig()
+    stall_timeout_s: float = Field(
+        30.0, gt=0, description="A replica whose run lasts longer is replaced."
+    )
+    ready_timeout_s: float = Field(
+        300.0, gt=0, description="A version that is not ready by then is given up."
+    )
+    usd_per_hour: float | None = Field(
+        None, ge=0, description="Price of one replica. Default: unpriced."
+    )
+
+
+class ServingConfig(_Frozen):
+    """The whole configuration file."""
+
+    home: Path = Field(
+        Path("~/.serving"), description="State: registry, store, artifact cache, certificates."
+    )
+    gateway: GatewayConfig = GatewayConfig()
+    control: ControlConfig = ControlConfig()
+    registry: RegistryConfig = RegistryConfig()
+    store: StoreConfig = StoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
+
+    @property
+    def home_dir(self) -> Path:
+        """`home`, absolute."""
+        return self.home.expanduser().absolute()
+
+    @property
+    def registry_uri(self) -> str:
+        """The registry's URI with its default filled in."""
+        return self.registry.uri or f"sqlite:///{self.home_dir / 'registry.db'}"
+
+    @property
+    def store_url(self) -> str:
+        """The store's URL with its default filled in."""
+        return self.store.url or f"sqlite:///{self.home_dir / 'store.db'}"
+
+
+def load_config(path: Path | None) -> ServingConfig:
+    """Read a YAML file (or the defaults) and apply `SERVING_HOME`.
+
+    Raises `ConfigError` naming the file, the key and what is allowed.
+    """
+    raw: Any = {}
+    if path is not None:
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: is not valid YAML: {_one_line(error)}") from error
+        raw = {} if raw is None else raw
+        if not isinstance(raw, dict):
+            raise ConfigError(
+                f"{path}: expected a mapping at the top level, found {type(raw).__name__}"
+            )
+    if home := os.environ.get("SERVING_HOME"):
+        raw = {**raw, "home": home}
+    return parse_config(raw, source=str(path) if path else "defaults")
+
+
+def parse_config(raw: dict[str, Any], *, source: str) -> ServingConfig:
+    """Validate a mapping. Raises `ConfigError`; `source` names where the mapping came from."""
+    try:
+        return ServingConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(source, e) for e in error.errors())) from error
+
+
+def _explain(source: str, error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part != "[key]") or "(top level)"
+    if error["type"] == "extra_forbidden":
+        allowed = ", ".join(_allowed_keys(error["loc"][:-1]))
+        return f"{source}: unknown key {where!r}; allowed here: {allowed}"
+    if error["type"] == "string_pattern_mismatch" and "[key]" in error["loc"]:
+        return (
+            f"{source}: {where!r} is not a model name; "
+            "allowed: letters, digits, '_', '.', '-', at most 100"
+        )
+    if error["type"] == "string_pattern_mismatch":
+        return (
+            f"{source}: {where}: {error['input']!r} is not a version; "
+            'allowed: a number like "3" or an @alias'
+        )
+    return f"{source}: {where}: {error['msg']} (found {error['input']!r})"
+
+
+def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = ServingConfig
+    skip = False
+    for part in location:
+        if skip:
+            skip = False
+            continue
+        if model is ServingConfig and part == "models":
+            model, skip = ModelConfig, True
+            continue
+        annotation = model.model_fields[str(part)].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return sorted(model.model_fields)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""The controller: desired state, route table, metrics."""

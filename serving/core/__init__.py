@@ -1,0 +1,1 @@
+"""Pure decisions and codecs: no I/O, no clock, no framework."""

@@ -1,0 +1,1 @@
+"""The HTTP data plane: protocol class, batcher, links to replicas."""

@@ -1,0 +1,1 @@
+"""Model versions, pins and the artifact cache."""
