@@ -137,7 +137,9 @@ class OnnxConfig(_Frozen):
         1, ge=0, le=256, description="Threads inside an operator; 0: one per core."
     )
     inter_op_threads: int = Field(1, ge=1, le=256, description="Operators run side by side.")
-    graph_optimization: Literal["disabled", "basic", "extended", "all"] = "all"
+    graph_optimization: Literal["disabled", "basic", "extended", "all"] = Field(
+        "all", description="How far ONNX Runtime rewrites the graph at load."
+    )
     providers: tuple[Literal["tensorrt", "cuda", "cpu"], ...] | None = Field(
         None, description="Execution providers in order. Default: by `device`."
     )
@@ -213,6 +215,12 @@ class ServingConfig(_Frozen):
     def store_url(self) -> str:
         """The store's URL with its default filled in."""
         return self.store.url or f"sqlite:///{self.home_dir / 'store.db'}"
+
+
+def reachable_url(host: str, port: int) -> str:
+    """Where a client on this machine finds a listener: a wildcard address becomes loopback."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def load_config(path: Path | None) -> ServingConfig:

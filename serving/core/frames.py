@@ -12,10 +12,11 @@ A frame is a 16-byte prefix, a `meta` part and a `payload` part (all numbers lit
     PING     no meta; PONG meta = stalled µs u64: how long the current run has lasted, 0 when idle
 
 A tensor table entry is `index u16 | datatype u8 | ndim u8 | bytes u64 | ndim x dim i64`; `index`
-counts into the signature's inputs (INFER) or outputs (RESULT). The payload is the tensors' raw forms
-in table order, each padded with zeros to a multiple of 8 bytes. A data connection carries at most
-one batch at a time, so a gateway opens as many data connections to a replica as it wants batches in
-flight there; heartbeats have their own connection, so a long run never looks like a dead process.
+counts into the signature's inputs (INFER) or outputs (RESULT). The payload is the tensors' raw
+forms in table order, each padded with zeros to a multiple of 8 bytes. A data connection carries at
+most one batch at a time, so a gateway opens as many data connections to a replica as it wants
+batches in flight there; heartbeats have their own connection, so a long run never looks like a dead
+process.
 
 `budget µs` is the time left until the last deadline in the batch (0: none): a duration, because
 clocks differ between nodes. Row counts are per batch: for a `Batch.NONE` model, 1.
@@ -122,7 +123,7 @@ def decode_table(
 
 
 def payload_spans(entries: Sequence[TensorEntry], payload: int) -> list[tuple[int, int]]:
-    """(start, end) of each tensor in a payload of `payload` bytes. Raises `FrameError` on a misfit."""
+    """(start, end) of each tensor in a payload. Raises `FrameError` where they do not fit."""
     spans, at = [], 0
     for e in entries:
         spans.append((at, at + e.nbytes))

@@ -1,1 +1,1 @@
-"""The control store: schema, migrations, SQL."""
+"""The control store: what the controller must not forget, in SQLite or PostgreSQL."""

@@ -1,0 +1,1 @@
+"""Benchmarks of the gateway against other ways to serve the same model. See docs/benchmarks.md."""

@@ -1,0 +1,94 @@
+"""The Ray Serve peer: a deployment with `@serve.batch`, as Ray Serve's own guide writes one.
+
+    python -m benchmarks.peers.ray_serve mlp.onnx 18020 default
+
+`default` sets nothing. `batched` gives `@serve.batch` the gateway's own batching (up to 64 rows, no
+wait for batch-mates) and lets all requests in at once. `fastest` adds every switch that Ray Serve
+has for throughput: HAProxy in front, replicas that listen for themselves, user code on the
+replica's loop, workers at normal priority.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FASTEST_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_worker_niceness": "0",
+    # How long a replica lingers at shutdown; no request meets it.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+}
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # mode: settings of @serve.batch, settings of @serve.deployment
+    "default": ({}, {}),
+    "batched": (
+        {"max_batch_size": 64, "batch_wait_timeout_s": 0},
+        {"max_ongoing_requests": 1000},
+    ),
+    "fastest": (
+        {"max_batch_size": 64, "batch_wait_timeout_s": 0},
+        {"max_ongoing_requests": 1000},
+    ),
+}
+
+
+def application(model: Path, mode: str) -> Any:
+    """The bound Serve application. Ray must not have been imported with other settings before."""
+    from ray import serve
+
+    batch_settings, deployment_settings = MODES[mode]
+
+    class Model:
+        def __init__(self, path: str) -> None:
+            from benchmarks.models import cpu_session
+
+            self._session = cpu_session(Path(path))
+
+        @serve.batch(**batch_settings)  # type: ignore[untyped-decorator]
+        async def run(self, rows: list[Any]) -> list[Any]:
+            return list(self._session.run(None, {"x": np.concatenate(rows)})[0])
+
+        async def __call__(self, request: Any) -> dict[str, Any]:
+            tensor = (await request.json())["inputs"][0]
+            rows = np.asarray(tensor["data"], dtype=np.float32).reshape(tensor["shape"])
+            row = await self.run(rows)
+            output = {"name": "p", "datatype": "FP32", "shape": [1, len(row)], "data": row.tolist()}
+            return {"model_name": "mlp", "model_version": "1", "outputs": [output]}
+
+    return serve.deployment(**deployment_settings)(Model).bind(str(model.absolute()))
+
+
+def main() -> None:
+    """Deploy, then serve until SIGINT or SIGTERM."""
+    model, port, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if mode == "fastest":
+        os.environ.update(FASTEST_ENVIRONMENT)
+    # Ray reads its environment when it is imported.
+    import ray
+    from ray import serve
+
+    stop = threading.Event()
+    ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
+    try:
+        # After ray.init, whose own handlers end the process without a shutdown.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(application(model, mode), route_prefix="/")
+        stop.wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Models that come with the project: trained or built here, nothing is downloaded."""

@@ -1,0 +1,79 @@
+"""`serving up`, `down`, `apply` and `status`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--file", "-f", help="Configuration file (YAML).", show_default=False)
+]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="Admin API; default: from -f, SERVING_CONTROL_URL, or port 8002."),
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (up, down, apply, status):
+        app.command()(command)
+
+
+def up(
+    file: ConfigFile = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until everything must be ready.")] = 600.0,
+) -> None:
+    """Start serving and stay until Ctrl-C; with RAY_ADDRESS set, deploy there and return."""
+    from serving.cli.up import run
+
+    run(file, timeout)
+
+
+def down(file: ConfigFile = None) -> None:
+    """Stop what `serving up` started: the process on this home, or what runs on RAY_ADDRESS."""
+    from serving.cli.down import run
+
+    run(file)
+
+
+def apply(
+    file: Annotated[Path, typer.Option("--file", "-f", help="Configuration file (YAML).")],
+    url: Url = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, change nothing.")
+    ] = False,
+    wait: Annotated[bool, typer.Option(help="Wait until it runs.")] = True,
+) -> None:
+    """Resolve aliases, print the plan, then make what runs equal to the file."""
+    from serving.cli.client import Admin, admin_url
+    from serving.cli.render import Progress, plan_table, show_view
+    from serving.config import load_config
+
+    admin = Admin(admin_url(url, file))
+    config = load_config(file)
+    config = config.model_copy(update={"home": config.home_dir})
+    plan = admin.apply(config.model_dump(mode="json"), dry_run=dry_run)
+    show_view(plan_table(plan))
+    if not dry_run and wait:
+        admin.wait_converged(plan["apply"], Progress())
+        typer.echo("done")
+
+
+def status(
+    file: ConfigFile = None,
+    url: Url = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Show models, versions, replicas, traffic and errors."""
+    from serving.cli.client import Admin, admin_url
+    from serving.cli.render import show_view, status_view
+
+    found = Admin(admin_url(url, file)).status()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        show_view(status_view(found))

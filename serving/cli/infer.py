@@ -1,0 +1,238 @@
+"""`serving infer`: one request over the binary wire, with the standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+from urllib.parse import quote
+
+import typer
+
+from serving.errors import ClusterError, ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+_HEADER: Final = "Inference-Header-Content-Length"
+_LENGTH: Final = struct.Struct("<I")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(infer)
+
+
+def infer(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    source: Annotated[
+        Path, typer.Option("--input", help="x.npz (arrays by input name), x.npy, or x.json.")
+    ],
+    version: Annotated[
+        str | None, typer.Option(help="A served version; default: the model's own.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Gateway; default: from -f, SERVING_URL, or port 8000.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Configuration file that names the gateway.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 60.0,
+) -> None:
+    """Send one inference request and print the outputs as JSON."""
+    base = f"{_gateway_url(url, file)}/v2/models/{quote(name, safe='')}"
+    if version is not None:
+        base += f"/versions/{quote(version, safe='')}"
+    declared = _call(base, None, {}, timeout)[0]["inputs"]
+    body, headers = _encode(_read_inputs(source, declared))
+    answer, tail = _call(f"{base}/infer", body, headers, timeout)
+    typer.echo(json.dumps(_decode(answer, tail), indent=2))
+
+
+def _gateway_url(url: str | None, file: Path | None) -> str:
+    if url:
+        return url.rstrip("/")
+    if file is not None:
+        from serving.config import load_config, reachable_url
+
+        gateway = load_config(file).gateway
+        return reachable_url(gateway.host, gateway.port)
+    return os.environ.get("SERVING_URL", DEFAULT_URL).rstrip("/")
+
+
+def _read_inputs(source: Path, declared: list[dict[str, Any]]) -> list[tuple[str, str, Array]]:
+    """(name, datatype, array) by input. Raises `ConfigError`."""
+    import numpy as np
+
+    try:
+        if source.suffix == ".npz":
+            with np.load(source, allow_pickle=False) as archive:
+                found: Mapping[str, Any] = {key: archive[key] for key in archive.files}
+        elif source.suffix == ".npy":
+            found = {_only(source, declared): np.load(source, allow_pickle=False)}
+        elif source.suffix == ".json":
+            found = _from_json(source, declared)
+        else:
+            raise ConfigError(f"{source}: expected a .npz, .npy or .json file")
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    datatypes = {tensor["name"]: tensor["datatype"] for tensor in declared}
+    if unknown := found.keys() - datatypes.keys():
+        raise ConfigError(
+            f"{source}: the model has no input {', '.join(sorted(unknown))}; "
+            f"its inputs: {', '.join(datatypes)}"
+        )
+    return [
+        (key, datatypes[key], _to_wire(source, key, datatypes[key], found[key])) for key in found
+    ]
+
+
+def _only(source: Path, declared: list[dict[str, Any]]) -> str:
+    if len(declared) != 1:
+        names = ", ".join(tensor["name"] for tensor in declared)
+        raise ConfigError(f"{source}: the model has inputs {names}; use a .npz with these names")
+    return str(declared[0]["name"])
+
+
+def _from_json(source: Path, declared: list[dict[str, Any]]) -> Mapping[str, Any]:
+    """A mapping of input names to nested lists, or the nested list of the only input."""
+    parsed = json.loads(source.read_text(encoding="utf-8"))
+    if isinstance(parsed, list):
+        return {_only(source, declared): parsed}
+    if isinstance(parsed, dict) and isinstance(parsed.get("inputs"), list):
+        import numpy as np
+
+        return {
+            tensor["name"]: np.asarray(tensor["data"]).reshape(tensor["shape"])
+            for tensor in parsed["inputs"]
+        }
+    if isinstance(parsed, dict):
+        return parsed
+    raise ConfigError(f"{source}: expected a list, an object of inputs, or an inference request")
+
+
+def _to_wire(source: Path, name: str, datatype: str, value: Any) -> Array:
+    """The array in the wire's form: little-endian; BF16 as uint16; BYTES as objects."""
+    import numpy as np
+
+    from serving.core.types import DATATYPES
+
+    try:
+        if datatype == "BYTES":
+            return np.asarray(value, dtype=object)
+        if datatype == "BF16":
+            return _bfloat16(np.asarray(value, dtype=np.float32))
+        given = np.asarray(value)
+        wire = np.ascontiguousarray(given, dtype=DATATYPES[datatype].numpy)
+        if wire.dtype.kind in "iub" and not np.array_equal(wire, given):
+            raise ValueError(f"a {given.dtype} value does not fit")
+        return wire
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{source}: input {name} is not {datatype}: {error}") from error
+
+
+def _bfloat16(value: Array) -> Array:
+    """The upper half of each float32, rounded to nearest even."""
+    import numpy as np
+
+    bits = np.ascontiguousarray(value).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def _raw(datatype: str, array: Array) -> bytes:
+    if datatype != "BYTES":
+        return array.tobytes()
+    parts = []
+    for element in array.ravel():
+        data = element if isinstance(element, bytes) else str(element).encode()
+        parts += [_LENGTH.pack(len(data)), data]
+    return b"".join(parts)
+
+
+def _encode(inputs: list[tuple[str, str, Array]]) -> tuple[bytes, dict[str, str]]:
+    raws = [_raw(datatype, array) for _, datatype, array in inputs]
+    tensors = [
+        {
+            "name": name,
+            "datatype": datatype,
+            "shape": list(array.shape),
+            "parameters": {"binary_data_size": len(raw)},
+        }
+        for (name, datatype, array), raw in zip(inputs, raws, strict=True)
+    ]
+    head = json.dumps({"inputs": tensors, "parameters": {"binary_data_output": True}}).encode()
+    headers = {_HEADER: str(len(head)), "Content-Type": "application/octet-stream"}
+    return b"".join([head, *raws]), headers
+
+
+def _call(
+    url: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+) -> tuple[dict[str, Any], bytes]:
+    """The JSON of a reply, and the bytes after it. Raises `ClusterError`."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(
+            urllib.request.Request(url, data=body, headers=dict(headers)), timeout=timeout_s
+        ) as reply:
+            content = reply.read()
+            length = int(reply.headers.get(_HEADER) or len(content))
+            return json.loads(content[:length]), content[length:]
+    except urllib.error.HTTPError as error:
+        raise ClusterError(_refusal(error)) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ClusterError(
+            f"no gateway answers at {url} ({reason}); start one with `serving up`, or name it with "
+            "--url, -f or SERVING_URL"
+        ) from error
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    try:
+        return f"HTTP {error.code}: {json.load(error)['error']}"
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {error.code} from {error.url}"
+
+
+def _decode(answer: dict[str, Any], tail: bytes) -> dict[str, Any]:
+    """The answer with every output's data as nested lists."""
+    at = 0
+    for tensor in answer["outputs"]:
+        size = (tensor.get("parameters") or {}).get("binary_data_size")
+        if size is None:
+            continue
+        tensor["data"] = _values(tensor["datatype"], tensor["shape"], tail[at : at + size])
+        at += size
+        del tensor["parameters"]["binary_data_size"]
+        if not tensor["parameters"]:
+            del tensor["parameters"]
+    return answer
+
+
+def _values(datatype: str, shape: list[int], raw: bytes) -> Any:
+    import numpy as np
+
+    from serving.core.types import DATATYPES
+
+    if datatype == "BYTES":
+        elements, at = [], 0
+        while at < len(raw):
+            (length,) = _LENGTH.unpack_from(raw, at)
+            at += _LENGTH.size
+            elements.append(raw[at : at + length].decode("utf-8", "backslashreplace"))
+            at += length
+        return np.array(elements, dtype=object).reshape(shape).tolist()
+    flat = np.frombuffer(raw, dtype=DATATYPES[datatype].numpy)
+    if datatype == "BF16":
+        flat = (flat.astype(np.uint32) << 16).view(np.float32)
+    return flat.reshape(shape).tolist()

@@ -1,0 +1,60 @@
+"""The `serving` command: one module a group of commands, and one way to fail."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Final
+
+import typer
+
+from serving.cli import cluster, config, doctor, infer, models
+from serving.errors import OperatorError
+
+INTERRUPTED: Final = 130
+INTERNAL: Final = 70
+
+app = typer.Typer(
+    name="serving",
+    help="GPU-aware model serving gateway.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cluster.add_commands(app)
+models.add_commands(app)
+infer.add_commands(app)
+doctor.add_commands(app)
+config.add_commands(app)
+
+
+def main() -> None:
+    """Run the command line. An error is one line on stderr and an exit code, never a traceback.
+
+    With SERVING_DEBUG set, the traceback too.
+    """
+    try:
+        app()
+    except OperatorError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output is gone: nothing is left to say, to nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("SERVING_DEBUG"):
+            raise
+        sentence = str(error).strip() or "no message"
+        _fail(
+            f"internal error: {type(error).__name__}: {sentence.splitlines()[0]} "
+            "(SERVING_DEBUG=1 shows where)",
+            INTERNAL,
+        )
+
+
+def _fail(sentence: str, code: int) -> None:
+    sys.stderr.write(f"error: {sentence}\n")
+    sys.exit(code)

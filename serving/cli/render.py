@@ -1,0 +1,172 @@
+"""What the commands print. It imports rich, so the commands import it when they run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_STATE_STYLES: Final = {
+    "ready": "green",
+    "starting": "yellow",
+    "replacing": "yellow",
+    "leaving": "yellow",
+    "degraded": "yellow",
+    "failed": "red",
+    "unavailable": "red",
+}
+_PIPED_WIDTH: Final = 200
+
+
+def console() -> Console:
+    """Standard output; wide where it is not a terminal, so that nothing is cut."""
+    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+
+
+def show_view(view: RenderableType) -> None:
+    """Print to standard output."""
+    console().print(view)
+
+
+def short(digest: str) -> str:
+    """A digest as people read it."""
+    return digest.removeprefix("sha256:")[:12]
+
+
+def milliseconds(seconds: float | None) -> str:
+    """A duration, or a dash for none."""
+    return "–" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def plan_table(plan: dict[str, Any]) -> RenderableType:
+    """What an apply starts, stops and leaves alone."""
+    if not plan["changes"]:
+        return Text("nothing runs, nothing is asked for")
+    table = Table(title="plan (dry run)" if plan["dry_run"] else "plan", title_justify="left")
+    for column in ("change", "model", "version", "default", "digest", "why"):
+        table.add_column(column)
+    for row in plan["changes"]:
+        default = "yes" if row["default"] else ""
+        table.add_row(
+            row["change"],
+            row["model"],
+            row["version"],
+            default,
+            short(row["digest"]),
+            row["reason"],
+        )
+    return table
+
+
+def status_view(status: dict[str, Any]) -> RenderableType:
+    """Models and versions, then gateways and controller."""
+    table = Table(title_justify="left")
+    for column in ("model", "version", "state", "ready", "digest", "runtime", "device"):
+        table.add_column(column)
+    for column in ("requests", "errors", "queue", "in flight", "batch", "p50 ms", "p99 ms"):
+        table.add_column(column, justify="right")
+    for model in status["models"]:
+        for v in model["versions"]:
+            default = " (default)" if v["version"] == model["version"] else ""
+            table.add_row(
+                model["name"],
+                v["version"] + default,
+                Text(v["state"], style=_STATE_STYLES.get(v["state"], "")),
+                f"{v['ready']}/{v['wanted']}",
+                short(v["digest"]),
+                v["platform"],
+                v["device"] or "–",
+                str(v["requests"]),
+                str(v["errors"]),
+                str(v["queue_depth"]),
+                str(v["in_flight"]),
+                "–" if v["mean_batch"] is None else f"{v['mean_batch']:.1f}",
+                milliseconds(v["p50_s"]),
+                milliseconds(v["p99_s"]),
+            )
+    lines = [
+        f"{model['name']} version {v['version']}: {v['last_error']}"
+        for model in status["models"]
+        for v in model["versions"]
+        if v["last_error"]
+    ]
+    controller = status["controller"]
+    if controller["last_error"]:
+        lines.append(f"controller: {controller['last_error']}")
+    gateways = ", ".join(f"{g['gateway']} (revision {g['revision']})" for g in status["gateways"])
+    return Group(
+        table,
+        *(Text(line, style="red") for line in lines),
+        Text(f"gateways: {gateways or 'none'}"),
+        Text(
+            f"controller: process {controller['pid']}, revision {controller['revision']}, "
+            f"apply {status['apply']['id']} {status['apply']['state']}"
+        ),
+        Text(f"inference {status['urls']['inference']}   metrics {status['urls']['metrics']}"),
+    )
+
+
+def registry_table(versions: list[dict[str, Any]]) -> RenderableType:
+    """Registered versions, one a line."""
+    table = Table()
+    for column in ("model", "version", "aliases", "platform", "digest", "metrics", "created"):
+        table.add_column(column)
+    for v in versions:
+        metrics = ", ".join(f"{key}={value:g}" for key, value in sorted(v["metrics"].items()))
+        aliases = " ".join(f"@{alias}" for alias in v["aliases"])
+        platform = v["platform"] or "not registered with `serving register`"
+        created = v["created_at"]
+        table.add_row(
+            v["name"], v["version"], aliases, platform, short(v["digest"]), metrics, created
+        )
+    return table
+
+
+def version_view(version: dict[str, Any]) -> RenderableType:
+    """Everything about one registered version."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    data, signature = version["dataset"], version["signature"]
+    trained = version["training_time_s"]
+    rows = {
+        "model": f"{version['name']} version {version['version']}",
+        "aliases": " ".join(f"@{alias}" for alias in version["aliases"]) or "–",
+        "digest": version["digest"] or "–",
+        "platform": version["platform"] or "–",
+        "metrics": ", ".join(f"{k}={v:g}" for k, v in sorted(version["metrics"].items())) or "–",
+        "data set": f"{data['name']} {data['uri']} {data['digest']}" if data else "–",
+        "training": "–" if trained is None else f"{trained:.1f} s",
+        "created": version["created_at"],
+        "source": version["source"],
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    for side in ("inputs", "outputs") if signature else ():
+        for tensor in signature[side]:
+            shape = ", ".join(str(d) for d in tensor["shape"])
+            table.add_row(side[:-1], f"{tensor['name']} {tensor['datatype']} [{shape}]")
+    if signature:
+        table.add_row("batch", signature["batch"])
+    return table
+
+
+class Progress:
+    """Prints each change of a version's state as one line."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str], str] = {}
+
+    def __call__(self, status: dict[str, Any]) -> None:
+        """Take the next status."""
+        for model in status["models"]:
+            for v in model["versions"]:
+                key = (model["name"], v["version"])
+                state = f"{v['state']} ({v['ready']}/{v['wanted']})"
+                if self._seen.get(key) != state:
+                    self._seen[key] = state
+                    sys.stdout.write(f"{model['name']} version {v['version']}: {state}\n")
+                    sys.stdout.flush()

@@ -1,0 +1,358 @@
+"""Where the parts are put together: a local Ray or one that exists, and the applications on it.
+
+The only module that knows controller, gateway and replica at once, and it knows the latter two by
+name only. Light to import: ray is imported by the functions that need it, after
+`prepare_environment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from serving.config import ServingConfig
+from serving.errors import ClusterError, ConflictError
+
+REPLICA_CLASS: Final = "serving.replica.deployment:ModelReplica"
+CONTROLLER_APP: Final = "controller"
+GATEWAY_APP: Final = "gateway"
+
+SERVE_FLAGS: Final = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+"""What Serve replicas need in their environment; on an existing cluster, through runtime_env."""
+
+_EMBEDDED_FLAGS: Final = {
+    **SERVE_FLAGS,
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_DEDUP_LOGS": "0",
+    # What runtime_env's worker_process_setup_hook sets. As a runtime_env it would double a
+    # replica's start: an environment to make for each worker, and no use for the workers that Ray
+    # starts ahead.
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "serving.compose.keep_to_loopback",
+    # Ray replaces a loopback --node-ip-address by the machine's own address and binds there, and
+    # some servers to every interface. Without "clusters", which a local Ray does not need, it stays
+    # on 127.0.0.1.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+_DELETE_S: Final = 60.0
+_OBJECT_STORE_BYTES: Final = 128 << 20
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+def prepare_environment(*, embedded: bool) -> None:
+    """Set Ray's flags; must come before ray is imported. A flag set by the operator is kept."""
+    for name, value in (_EMBEDDED_FLAGS if embedded else SERVE_FLAGS).items():
+        os.environ.setdefault(name, value)
+
+
+def keep_to_loopback() -> None:
+    """Run in every worker of the embedded Ray, before it loads Serve.
+
+    Serve binds the gRPC server of each replica to all interfaces ("[::]:0"), whatever the node's
+    address. Nothing outside this machine needs it.
+    """
+    from ray._common import tls_utils
+
+    bind = tls_utils.add_port_to_grpc_server
+
+    def on_loopback(server: Any, address: str) -> int:
+        return int(bind(server, address.replace("[::]:", "127.0.0.1:")))
+
+    tls_utils.add_port_to_grpc_server = on_loopback
+
+
+def external_cluster() -> str | None:
+    """RAY_ADDRESS, if there is one: deploy there instead of starting a local Ray."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def concrete(config: ServingConfig) -> ServingConfig:
+    """`config` with an absolute home and free ports in place of 0: every process sees the same."""
+    gateway, control = config.gateway, config.control
+    if gateway.port == 0:
+        gateway = gateway.model_copy(update={"port": _free_port(gateway.host)})
+    if control.port == 0:
+        control = control.model_copy(update={"port": _free_port(control.host)})
+    return config.model_copy(
+        update={"home": config.home_dir, "gateway": gateway, "control": control}
+    )
+
+
+def _free_port(host: str) -> int:
+    with _socket(host) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _socket(host: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
+def port_error(host: str, port: int) -> str | None:
+    """Why `port` cannot be listened on, or None if it can."""
+    with _socket(host) as probe:
+        # As our listeners do: a port in TIME_WAIT is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError as error:
+            return error.strerror or str(error)
+    return None
+
+
+def check_ports(config: ServingConfig) -> None:
+    """Raise `ConflictError` naming the first port that cannot be listened on."""
+    for what, host, port, key in (
+        ("inference", config.gateway.host, config.gateway.port, "gateway.port"),
+        ("the admin API", config.control.host, config.control.port, "control.port"),
+    ):
+        if error := port_error(host, port):
+            raise ConflictError(
+                f"port {port} on {host}, for {what}, cannot be used: {error}. "
+                f"Stop what listens there, or set {key}"
+            )
+
+
+@contextlib.contextmanager
+def home_lock(home: Path) -> Iterator[None]:
+    """Hold `home` for one `serving up`. Raises `ConflictError` naming the process that has it."""
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (home / "up.pid").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConflictError(f"{home}: cannot be used as home: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ConflictError(
+                f"`serving up` already runs on {home} (process {file.read().strip() or '?'}); "
+                "stop it with `serving down`, or use another home"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def running_pid(home: Path) -> int | None:
+    """The process of the `serving up` that holds `home`, if one does."""
+    try:
+        with (home / "up.pid").open("r+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                text = file.read().strip()
+                return int(text) if text.isdigit() else None
+            return None
+    except OSError:
+        return None
+
+
+def start_ray(config: ServingConfig) -> None:
+    """Start the embedded Ray and Serve on it, on loopback only. Raises `ClusterError`."""
+    prepare_environment(embedded=True)
+    _adopt_orphans()
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=config.cluster.num_cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            logging_level="ERROR",
+            log_to_driver=False,
+            # Tensors never pass through Ray: the least it accepts, with room to spare.
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+        _start_serve(serve)
+    except Exception as error:
+        raise ClusterError(f"the local Ray does not start: {_first_line(error)}") from error
+
+
+def connect_ray(address: str) -> None:
+    """Connect to a Ray cluster and make sure that Serve runs there. Raises `ClusterError`."""
+    prepare_environment(embedded=False)
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+        _start_serve(serve)
+    except Exception as error:
+        raise ClusterError(
+            f"the Ray cluster at {address} cannot be used: {_first_line(error)}"
+        ) from error
+
+
+def _start_serve(serve: Any) -> None:
+    from ray.serve.schema import LoggingConfig
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(
+        proxy_location="Disabled",
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
+
+
+def deploy(config: ServingConfig, *, embedded: bool) -> None:
+    """Start the controller and the gateways, without waiting for them. Raises `ClusterError`."""
+    from ray import serve
+
+    from serving.control.cluster import replica_options
+    from serving.control.deployment import Controller
+    from serving.gateway.deployment import Gateway
+
+    env = {} if embedded else SERVE_FLAGS
+    options = replica_options(env)
+    plain = config.model_dump(mode="json")
+    control = {
+        "config": plain,
+        "deployment": uuid.uuid4().hex,
+        "replica_class": REPLICA_CLASS,
+        "run_dir": str(run_dir(config.home_dir)),
+        "env": env,
+        "listen_tcp": not embedded,
+    }
+    drain = {"graceful_shutdown_timeout_s": config.gateway.drain_s + 5.0}
+    # `serve.deployment` makes them Deployments, which its type hints do not say.
+    gateway_class: Any = Gateway
+    controller_class: Any = Controller
+    gateway = gateway_class.options(
+        **{**options, **drain}, num_replicas=config.gateway.replicas, max_ongoing_requests=100
+    ).bind(plain)
+    controller = controller_class.options(
+        **options, num_replicas=1, max_ongoing_requests=1000
+    ).bind(control)
+    try:
+        serve.run_many(
+            [
+                serve.RunTarget(controller, name=CONTROLLER_APP, route_prefix=None),
+                serve.RunTarget(gateway, name=GATEWAY_APP, route_prefix=None),
+            ],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+    except Exception as error:
+        raise ClusterError(f"cannot deploy: {_first_line(error)}") from error
+
+
+def run_dir(home: Path) -> Path:
+    """A directory for unix sockets, one per home and user.
+
+    Short, because a socket's path has at most 107 characters.
+    """
+    tag = hashlib.sha256(str(home).encode()).hexdigest()[:8]
+    return Path(tempfile.gettempdir()) / f"serving-{os.getuid()}-{tag}"
+
+
+def deployed_apps() -> dict[str, tuple[str, str]]:
+    """Our applications on the connected cluster: name to (status, message)."""
+    from ray import serve
+
+    return {
+        name: (
+            str(app.status.value),
+            app.message or "".join(d.message for d in app.deployments.values()),
+        )
+        for name, app in serve.status().applications.items()
+        if name in (CONTROLLER_APP, GATEWAY_APP) or name.startswith("model-")
+    }
+
+
+def delete_apps(tell: Callable[[str], None]) -> None:
+    """Delete our applications: gateways first (they drain), then replicas, the controller last.
+
+    The controller goes after the gateways so that it gets their last report.
+    """
+    from ray import serve
+
+    names = list(deployed_apps())
+    for group in (
+        [n for n in names if n == GATEWAY_APP],
+        [n for n in names if n == CONTROLLER_APP],
+        [n for n in names if n.startswith("model-")],
+    ):
+        for name in group:
+            tell(f"stopping {name}")
+            serve.delete(name, _blocking=False)
+        _wait_deleted(group)
+
+
+def _wait_deleted(names: list[str]) -> None:
+    deadline = time.monotonic() + _DELETE_S
+    while set(names) & deployed_apps().keys():
+        if time.monotonic() > deadline:
+            raise ClusterError(f"{', '.join(names)} did not stop within {_DELETE_S:g} s")
+        time.sleep(0.1)
+
+
+def stop_ray() -> None:
+    """Disconnect and, where Ray is embedded, end every process that it started."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    ray = sys.modules.get("ray")
+    if ray is not None:
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+    # Ray can leave children behind; being a subreaper, we inherit those whose parents are gone.
+    children = list({*children, *psutil.Process().children(recursive=True)})
+    _, alive = psutil.wait_procs(children, timeout=3)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=3)
+
+
+def kill_children() -> None:
+    """End every child process at once."""
+    import psutil
+
+    while children := psutil.Process().children(recursive=True):
+        for process in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(children, timeout=1)
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of descendants whose parent dies, so that none is lost (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def reason(message: str) -> str:
+    """The sentence in a Serve message: the last exception of a traceback, or the first line."""
+    from serving.control.cluster import reason as found
+
+    return found(message)

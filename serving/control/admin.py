@@ -1,0 +1,149 @@
+"""The admin API over HTTP: translates, decides nothing.
+
+GET  /healthz      200 while the reconcile loop runs
+GET  /metrics      Prometheus text format
+GET  /v1/status    what runs
+GET  /v1/routes    the published route table
+POST /v1/apply     {"config": {...}, "dry_run": bool} → the plan
+
+An error is {"error": sentence, "slug": slug} with the error's HTTP status.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.control import metrics
+from serving.control.controller import Controller
+from serving.control.status import status
+from serving.errors import InvalidRequest, ServingError
+
+log = logging.getLogger(__name__)
+
+MAX_BODY: Final = 1 << 20
+_SLUGS: Final = {404: "not_found", 405: "method_not_allowed"}
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(controller: Controller, *, host: str, ray_version: str) -> Starlette:
+    """The admin application. If `host`, where it listens, is loopback, so must Host headers be."""
+
+    async def healthz(_: Request) -> Response:
+        if controller.alive:
+            return JSONResponse({"ok": True})
+        return JSONResponse({"ok": False, "error": "the reconcile loop is down"}, 503)
+
+    async def scrape(_: Request) -> Response:
+        body = metrics.exposition(controller, ray_version)
+        return Response(body, media_type=CONTENT_TYPE_LATEST)
+
+    async def get_status(_: Request) -> Response:
+        return JSONResponse(status(controller))
+
+    async def get_routes(_: Request) -> Response:
+        return JSONResponse(dict(controller.board.plain))
+
+    async def post_apply(request: Request) -> Response:
+        body = await _json_object(request)
+        config, dry_run = body.get("config"), body.get("dry_run", False)
+        if body.keys() - {"config", "dry_run"}:
+            unknown = ", ".join(sorted(body.keys() - {"config", "dry_run"}))
+            raise InvalidRequest(f"unknown key {unknown}; allowed: config, dry_run")
+        if not isinstance(config, dict) or not isinstance(dry_run, bool):
+            raise InvalidRequest('expected {"config": {…}, "dry_run": true or false}')
+        return JSONResponse(await controller.apply(config, dry_run=dry_run))
+
+    routes = [
+        Route("/healthz", healthz),
+        Route("/metrics", scrape),
+        Route("/v1/status", get_status),
+        Route("/v1/routes", get_routes),
+        Route("/v1/apply", post_apply, methods=["POST"]),
+    ]
+    guard = [Middleware(_LoopbackHostOnly)] if _is_loopback(host) else []
+    handlers: dict[Any, Any] = {
+        ServingError: _operator_error,
+        HTTPException: _http_error,
+        Exception: _unknown_error,
+    }
+    return Starlette(routes=routes, middleware=guard, exception_handlers=handlers)
+
+
+async def _json_object(request: Request) -> dict[str, Any]:
+    # A web page of any origin may post text or a form; JSON only after the browser has asked us.
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise InvalidRequest("expected content-type: application/json")
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise InvalidRequest(f"the body exceeds {MAX_BODY} bytes")
+    except ClientDisconnect as error:
+        raise InvalidRequest("the client went away") from error
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise InvalidRequest("the body is not a JSON object")
+    return parsed
+
+
+async def _operator_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ServingError)
+    return JSONResponse({"error": str(error), "slug": error.slug}, error.http_status)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    slug = _SLUGS.get(error.status_code, "invalid_request")
+    return JSONResponse({"error": error.detail, "slug": slug}, error.status_code)
+
+
+async def _unknown_error(_: Request, error: Exception) -> Response:
+    reference = uuid.uuid4().hex[:12]
+    log.error("admin request %s failed", reference, exc_info=error)
+    return JSONResponse({"error": f"internal error {reference}", "slug": "internal"}, 500)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _LoopbackHostOnly:
+    """Refuses a Host header that is not loopback: a web page must not reach us by DNS rebinding."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = Request(scope).headers.get("host", "")
+            name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+            if not _is_loopback(name.strip("[]")):
+                sentence = f"the Host header {host!r} is not this machine's loopback address"
+                response = JSONResponse({"error": sentence, "slug": "invalid_request"}, 400)
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

@@ -1,0 +1,126 @@
+"""Ray Serve as the place where model applications run."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ray import serve
+
+from serving.control.state import AppStatus
+from serving.core.plan import APP_PREFIX, AppSpec, Phase
+from serving.errors import ClusterError
+
+HEALTH_CHECK_PERIOD_S: Final = 1.0
+HEALTH_CHECK_TIMEOUT_S: Final = 5.0
+DRAIN_S: Final = 20.0
+
+_PHASES: Final = {
+    "NOT_STARTED": Phase.STARTING,
+    "DEPLOYING": Phase.STARTING,
+    "RUNNING": Phase.RUNNING,
+    "UNHEALTHY": Phase.RUNNING,
+    "DEPLOY_FAILED": Phase.FAILED,
+    "DELETING": Phase.DELETING,
+}
+_EXCEPTION_LINE: Final = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit)\w*): (.+)$", re.M)
+
+
+class ServeCluster:
+    """Model applications on the Serve instance that this process belongs to.
+
+    `replica_class` is the dotted path "module:Class" of what an application runs, so that nothing
+    here needs to import it. `env` is set in every replica (on a cluster that we did not start
+    ourselves), `run_dir` is where replicas put their sockets.
+    """
+
+    def __init__(self, replica_class: str, run_dir: str, env: Mapping[str, str]) -> None:
+        self._replica_class = replica_class
+        self._run_dir = Path(run_dir)
+        self._env = dict(env)
+
+    def observe(self) -> dict[str, AppStatus]:
+        """The model applications that exist. Raises `ClusterError`."""
+        try:
+            found = serve.status().applications
+        except Exception as error:
+            raise ClusterError(f"Ray Serve does not answer: {_first_line(error)}") from error
+        return {
+            name: AppStatus(_PHASES[app.status], _message(app), app.last_deployed_time_s)
+            for name, app in found.items()
+            if name.startswith(APP_PREFIX)
+        }
+
+    def start(self, apps: Sequence[AppSpec]) -> None:
+        """Start applications, without waiting for them. Raises `ClusterError`."""
+        try:
+            targets = [
+                serve.RunTarget(self._bind(app), name=app.name, route_prefix=None) for app in apps
+            ]
+            serve.run_many(
+                targets,
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
+        except Exception as error:
+            names = ", ".join(app.name for app in apps)
+            raise ClusterError(f"cannot start {names}: {_first_line(error)}") from error
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete applications, without waiting for their end. Raises `ClusterError`."""
+        try:
+            for name in names:
+                serve.delete(name, _blocking=False)
+        except Exception as error:
+            raise ClusterError(f"cannot delete {', '.join(names)}: {_first_line(error)}") from error
+
+    def _bind(self, app: AppSpec) -> Any:
+        module, _, name = self._replica_class.partition(":")
+        found = getattr(importlib.import_module(module), name)
+        deployment = found if isinstance(found, serve.Deployment) else serve.deployment(found)
+        spec = {
+            **app.replica.to_dict(),
+            "app": app.name,
+            "run_dir": str(self._run_dir / app.name[-8:]),
+        }
+        return deployment.options(
+            **replica_options(self._env), num_replicas=app.count, max_ongoing_requests=100
+        ).bind(spec)
+
+
+def replica_options(env: Mapping[str, str]) -> dict[str, Any]:
+    """Deployment options that all our deployments share.
+
+    Replicas take no logical CPU: placement by memory is the controller's business. A wait loop of
+    Serve's default 2 s would make every shutdown that long, although Serve sees none of our
+    requests.
+    """
+    actor: dict[str, Any] = {"num_cpus": 0}
+    if env:
+        actor["runtime_env"] = {"env_vars": dict(env)}
+    return {
+        "ray_actor_options": actor,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "graceful_shutdown_timeout_s": DRAIN_S,
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+    }
+
+
+def _message(app: Any) -> str:
+    texts = [app.message, *(d.message for d in app.deployments.values())]
+    return next((m for m in (reason(t) for t in texts if t) if m), "")
+
+
+def reason(text: str) -> str:
+    """The sentence in a Serve message: the last exception of a traceback, or the first line."""
+    found = _EXCEPTION_LINE.findall(text)
+    return f"{found[-1][0]}: {found[-1][1]}" if found else text.strip().splitlines()[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,170 @@
+"""The controller's state as Prometheus metrics, made when it is scraped."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Final
+
+import psutil
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from serving import __version__, telemetry
+from serving.control.controller import Controller
+from serving.control.totals import Histogram
+from serving.telemetry import Metric
+
+_FAMILIES: Final[dict[str, Any]] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+    "info": InfoMetricFamily,
+}
+_HISTOGRAMS: Final = {
+    "latency": telemetry.LATENCY,
+    "gateway": telemetry.GATEWAY,
+    "queue": telemetry.QUEUE,
+    "compute": telemetry.COMPUTE,
+    "batch_size": telemetry.BATCH_SIZE,
+}
+
+
+def exposition(controller: Controller, ray_version: str) -> bytes:
+    """Every metric in the Prometheus text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(controller, ray_version))
+    return generate_latest(registry)
+
+
+class _Collector(Collector):
+    def __init__(self, controller: Controller, ray_version: str) -> None:
+        self._controller = controller
+        self._ray_version = ray_version
+
+    def collect(self) -> Iterator[Family]:
+        yield from self._traffic()
+        yield from self._replicas()
+        yield from self._deployment()
+
+    def _traffic(self) -> Iterator[Family]:
+        controller = self._controller
+        live = controller.totals.live(
+            controller.clock.monotonic(), controller.config.control.tick_s
+        )
+        arms = controller.totals.sum(live)
+        requests, depth, in_flight = (
+            _family(m) for m in (telemetry.REQUESTS, telemetry.QUEUE_DEPTH, telemetry.IN_FLIGHT)
+        )
+        histograms = {name: _family(metric) for name, metric in _HISTOGRAMS.items()}
+        for key, arm in sorted(arms.items()):
+            for outcome, n in sorted(arm.requests.items()):
+                requests.add_metric([*key, outcome], n)
+            depth.add_metric(key, arm.queue_depth)
+            in_flight.add_metric(key, arm.in_flight)
+            for name, histogram in arm.histograms.items():
+                histograms[name].add_metric(key, _buckets(histogram), sum_value=histogram.sum)
+        unrouted = _family(telemetry.UNROUTED)
+        for outcome, n in sorted(controller.totals.unrouted().items()):
+            unrouted.add_metric([outcome], n)
+        yield from (requests, unrouted, *histograms.values(), depth, in_flight)
+
+    def _replicas(self) -> Iterator[Family]:
+        controller = self._controller
+        states, rss, load = (
+            _family(m) for m in (telemetry.REPLICAS, telemetry.REPLICA_RSS, telemetry.REPLICA_LOAD)
+        )
+        counts: Counter[tuple[str, str, str]] = Counter()
+        desired, routed = controller.state.desired.apps(), controller.state.routed.apps()
+        for name, app in {**routed, **desired}.items():
+            key = (app.replica.model, app.replica.version)
+            replicas = controller.fleet.of(name)
+            found = Counter(r.state for r in replicas)
+            counts[*key, "wanted"] += app.count if name in desired else 0
+            counts[*key, "starting"] += max(0, app.count - found["ready"])
+            for state in ("ready", "draining", "failed"):
+                counts[*key, state] += found[state]
+            for r in replicas:
+                labels = [*key, r.endpoint.replica]
+                rss.add_metric(labels, float(r.info.get("rss_bytes") or 0))
+                load.add_metric(labels, float(r.info.get("load_s") or 0))
+        for triple, n in sorted(counts.items()):
+            states.add_metric(triple, n)
+        yield from (states, rss, load, self._models())
+
+    def _models(self) -> Family:
+        controller = self._controller
+        info: InfoMetricFamily = _family(telemetry.MODEL_INFO)
+        # What is routed says what answers; what is only desired is on its way.
+        models = {**controller.state.desired.models, **controller.state.routed.models}
+        for name, model in sorted(models.items()):
+            for version, served in sorted(model.versions.items()):
+                replicas = controller.fleet.of(served.app.name)
+                devices = {str(r.info["device"]) for r in replicas if r.info.get("device")}
+                facts = {
+                    "digest": served.arm.digest,
+                    "platform": served.arm.platform,
+                    "device": ",".join(sorted(devices)),
+                    "default": str(model.version == version).lower(),
+                }
+                info.add_metric([name, version], facts)
+        return info
+
+    def _deployment(self) -> Iterator[Family]:
+        controller = self._controller
+        live = controller.totals.live(
+            controller.clock.monotonic(), controller.config.control.tick_s
+        )
+        revisions, connections = (
+            _family(m) for m in (telemetry.GATEWAY_REVISION, telemetry.CONNECTIONS)
+        )
+        for row in controller.totals.rows(live):
+            revisions.add_metric([str(row["gateway"])], int(row["revision"]))
+            connections.add_metric([str(row["gateway"])], int(row["connections"]))
+        build = _family(telemetry.BUILD_INFO)
+        build.add_metric(
+            [],
+            {
+                "version": __version__,
+                "python": platform.python_version(),
+                "ray": self._ray_version,
+            },
+        )
+        values = {
+            telemetry.GATEWAYS: len(live),
+            telemetry.ROUTE_REVISION: controller.board.revision,
+            telemetry.CONVERGED: float(controller.reconciler.settled),
+            telemetry.CONTROLLER_START: controller.started_at,
+            telemetry.CONTROLLER_RSS: psutil.Process().memory_info().rss,
+            telemetry.RECONCILE_ERRORS: controller.errors,
+        }
+        yield from (revisions, connections, build)
+        for metric, value in values.items():
+            family = _family(metric)
+            family.add_metric([], value)
+            yield family
+
+
+def _family(metric: Metric) -> Any:
+    # An info family takes its labels from each sample's value.
+    name = metric.name.removesuffix("_info") if metric.kind == "info" else metric.name
+    labels = [label for label in metric.labels if label in ("model", "version")]
+    return _FAMILIES[metric.kind](
+        name, metric.help, labels=labels if metric.kind == "info" else metric.labels
+    )
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    total, rows = 0, []
+    for bound, n in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
+        total += n
+        rows.append(("+Inf" if bound == float("inf") else repr(float(bound)), float(total)))
+    return rows

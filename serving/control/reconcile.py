@@ -1,0 +1,194 @@
+"""One tick: look at the world, decide, take the step.
+
+It is safe to repeat, and to lose between any two effects.
+
+State is saved before the effect that it announces, and every effect is idempotent: after a crash
+the next tick sees what was done and does the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from serving.control.board import RouteBoard
+from serving.control.fleet import Fleet
+from serving.control.state import AppStatus, Cluster, State
+from serving.control.totals import Totals
+from serving.core.plan import (
+    AppSpec,
+    Decision,
+    ObservedApp,
+    Phase,
+    decide,
+    is_drained,
+    route_table,
+)
+from serving.store.sql import Store
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Blocking(Protocol):
+    """Runs a blocking call off the loop."""
+
+    def __call__(self, call: Callable[..., T], *args: Any) -> Awaitable[T]:
+        """`call(*args)` in a thread."""
+
+
+@dataclass
+class Clock:
+    """Monotonic time for durations, Unix time for records."""
+
+    monotonic: Callable[[], float]
+    unix: Callable[[], float]
+
+
+@dataclass
+class _Retiring:
+    """An application that left the routes: since which revision, since when, and whose it was."""
+
+    revision: int
+    since: float
+    model: str
+    version: str | None
+
+
+class Reconciler:
+    """Moves what runs towards the state's `desired`. Lives on the controller's loop."""
+
+    def __init__(
+        self,
+        state: State,
+        board: RouteBoard,
+        fleet: Fleet,
+        totals: Totals,
+        *,
+        store: Store,
+        in_store: Blocking,
+        cluster: Cluster,
+        in_cluster: Blocking,
+        clock: Clock,
+        tick_s: float,
+        drain_s: float,
+    ) -> None:
+        self.state = state
+        self.board = board
+        self.fleet = fleet
+        self.totals = totals
+        self.apps: Mapping[str, AppStatus] = {}
+        self.settled = False
+        self._store, self._in_store = store, in_store
+        self._cluster, self._in_cluster = cluster, in_cluster
+        self._clock = clock
+        self._tick_s = tick_s
+        self._drain_s = drain_s
+        self._specs: dict[str, AppSpec] = {}
+        self._retiring: dict[str, _Retiring] = {}
+
+    def adopt(self, state: State) -> None:
+        """Go by a state that has been saved."""
+        self.state = state
+        self.settled = False
+
+    async def refresh(self) -> None:
+        """Publish who is there now. Needs no Serve, so that a stuck one stops no replacement."""
+        self._specs |= self.state.desired.apps() | self.state.routed.apps()
+        wanted = {name: app.count for name, app in self._specs.items()}
+        self.fleet.expire(self._clock.monotonic(), wanted)
+        await self._publish()
+
+    async def tick(self) -> None:
+        """One step. Raises `StoreError` or `ClusterError`; the next one does what was not done."""
+        self.apps = await self._in_cluster(self._cluster.observe)
+        now = self._clock.monotonic()
+        decision = decide(
+            self.state.desired, self.state.routed, self._observed(), self.state.given_up
+        )
+        await self._record(decision)
+        await self._publish()
+        await self._start(decision)
+        await self._retire(decision, now)
+        self.settled = not (decision.pending or decision.start or decision.retire)
+
+    def _observed(self) -> dict[str, ObservedApp]:
+        unix = self._clock.unix()
+        names = {*self.apps, *self.state.desired.apps(), *self.state.routed.apps()}
+        seen = {}
+        for name in names:
+            status = self.apps.get(name, AppStatus(Phase.ABSENT, "", unix))
+            error = self.fleet.error(name)
+            if status.phase is Phase.FAILED:
+                error = error or status.message
+            age = max(0.0, unix - status.since)
+            seen[name] = ObservedApp(status.phase, self.fleet.endpoints(name), error, age)
+        return seen
+
+    async def _record(self, decision: Decision) -> None:
+        before = self.state
+        if (decision.routed, decision.given_up) == (before.routed, before.given_up):
+            return
+        after = replace(before, routed=decision.routed, given_up=dict(decision.given_up))
+        await self._in_store(self._store.save_desired, after.to_dict())
+        self.adopt(after)
+        for name in decision.given_up.keys() - before.given_up.keys():
+            log.error("%s is given up: %s", name, decision.given_up[name])
+            await self._event("given_up", app=name, error=decision.given_up[name])
+        if decision.routed != before.routed:
+            routed = {n: {"version": m.version, "apps": [s.app.name for s in m.versions.values()]}
+                      for n, m in decision.routed.models.items()}  # fmt: skip
+            log.info("routes: %s", routed)
+            await self._event("routed", models=routed)
+
+    async def _publish(self) -> None:
+        apps = self.state.routed.apps()
+        endpoints = {name: self.fleet.endpoints(name) for name in apps}
+        table = route_table(self.state.routed, endpoints, self.board.revision)
+        # Gateways are not ready before they have a table, so no models at all is a table too.
+        first_and_empty = (
+            self.board.revision == 0 and self.state.apply_id and not self.state.desired.models
+        )
+        if not self.board.differs(table) and not first_and_empty:
+            return
+        revision = await self._in_store(self._store.next_revision)
+        table = replace(table, revision=revision)
+        await self._in_store(self._store.save_route_table, table.to_dict())
+        self.board.publish(table)
+
+    async def _start(self, decision: Decision) -> None:
+        if decision.start:
+            names = [app.name for app in decision.start]
+            log.info("starting %s", ", ".join(names))
+            await self._event("start", apps=names)
+            await self._in_cluster(self._cluster.start, decision.start)
+
+    async def _retire(self, decision: Decision, now: float) -> None:
+        for name in self._retiring.keys() - set(decision.retire):
+            del self._retiring[name]
+        done = []
+        for name in decision.retire:
+            leaving = self._retiring.setdefault(name, self._leave(name, now))
+            views = self.totals.views(now, self._tick_s)
+            drained = is_drained(leaving.model, leaving.version, leaving.revision, views)
+            if drained or now - leaving.since > self._drain_s:
+                done.append(name)
+        if done:
+            log.info("deleting %s", ", ".join(done))
+            await self._event("delete", apps=done)
+            await self._in_cluster(self._cluster.delete, done)
+
+    def _leave(self, name: str, now: float) -> _Retiring:
+        spec = self._specs.get(name)
+        if spec is None:  # from before this controller's life
+            return _Retiring(self.board.revision, now, "", None)
+        model, version = spec.replica.model, spec.replica.version
+        still = self.state.routed.models.get(model)
+        shared = still is not None and version in still.versions
+        return _Retiring(self.board.revision, now, model, None if shared else version)
+
+    async def _event(self, kind: str, **body: Any) -> None:
+        await self._in_store(self._store.append_event, kind, body)

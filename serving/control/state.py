@@ -1,0 +1,88 @@
+"""What the controller must not forget, as one document, and the ports it works through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from serving.core.plan import AppSpec, Layout, Phase
+from serving.core.types import Signature
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The last apply and how far it has come. Replaced whole, never changed in place.
+
+    `config` is the configuration that was applied, `given_up` maps an application to its error.
+    `deployment` is the id of the `serving up` that `routed` describes: another one has none of
+    those applications.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    desired: Layout = field(default_factory=Layout)
+    routed: Layout = field(default_factory=Layout)
+    given_up: Mapping[str, str] = field(default_factory=dict)
+    apply_id: int = 0
+    applied_at: float = 0.0
+    deployment: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for the store."""
+        return {
+            "config": dict(self.config),
+            "desired": self.desired.to_dict(),
+            "routed": self.routed.to_dict(),
+            "given_up": dict(self.given_up),
+            "apply_id": self.apply_id,
+            "applied_at": self.applied_at,
+            "deployment": self.deployment,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> State:
+        """Read `to_dict`'s form."""
+        layouts = {name: Layout.from_dict(raw[name]) for name in ("desired", "routed")}
+        return cls(**{**raw, **layouts})
+
+
+@dataclass(frozen=True, slots=True)
+class AppStatus:
+    """What Serve says of one application. `since` is Unix time of its deployment."""
+
+    phase: Phase
+    message: str
+    since: float
+
+
+class Cluster(Protocol):
+    """Where applications run. Every method blocks and may raise `ClusterError`."""
+
+    def observe(self) -> dict[str, AppStatus]:
+        """The model applications that exist."""
+
+    def start(self, apps: Sequence[AppSpec]) -> None:
+        """Start applications that do not exist yet, without waiting for them."""
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete applications: their replicas finish what they have, then go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A version reference made definite, its artifact in the cache and verified."""
+
+    version: str
+    digest: str
+    platform: str
+    signature: Signature
+
+
+class Resolver(Protocol):
+    """Turns references into versions."""
+
+    def resolve(self, refs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Resolved]:
+        """(model, ref) to what it names now; `ref` is a number or an @alias.
+
+        Blocks. Raises `RegistryError` or `ArtifactError`.
+        """

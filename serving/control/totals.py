@@ -1,0 +1,224 @@
+"""Sums over gateways of what they count, across their restarts.
+
+A gateway reports its totals since its start, so the deployment's total is the sum over every
+gateway instance that ever lived: the last report of each. The instances of the past are folded into
+one row once there are many.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from serving.core.plan import GatewayView
+
+HISTOGRAMS: Final = ("latency", "gateway", "queue", "compute")
+BATCH_SIZE: Final = "batch_size"
+BASE: Final = "past"
+MAX_INSTANCES: Final = 64
+LIVE_TICKS: Final = 5
+
+
+ArmKey = tuple[str, str]
+"""(model, version)"""
+
+
+@dataclass
+class Histogram:
+    """Counts per bucket (inclusive upper `bounds`, and one more for what lies above) and a sum."""
+
+    bounds: tuple[float, ...]
+    counts: list[int]
+    sum: float = 0.0
+
+    @classmethod
+    def empty(cls, bounds: Sequence[float]) -> Histogram:
+        """No observation yet."""
+        return cls(tuple(bounds), [0] * (len(bounds) + 1))
+
+    def add(self, bounds: Sequence[float], counts: Sequence[int], total: float) -> None:
+        """Add another histogram.
+
+        Where its bounds differ (a gateway of another release), each bucket goes into the first of
+        ours that holds it whole: cumulative counts stay lower bounds of the truth.
+        """
+        same = len(bounds) == len(self.bounds) and tuple(bounds) == self.bounds
+        for i, n in enumerate(counts):
+            if same:
+                self.counts[i] += n
+            else:
+                above = i >= len(bounds)
+                at = len(self.bounds) if above else bisect_left(self.bounds, bounds[i])
+                self.counts[at] += n
+        self.sum += total
+
+    @property
+    def count(self) -> int:
+        """Observations."""
+        return sum(self.counts)
+
+    def quantile(self, q: float) -> float | None:
+        """As Prometheus' histogram_quantile: linear inside the bucket; None when empty."""
+        rank, seen = q * self.count, 0
+        if not self.count:
+            return None
+        for i, n in enumerate(self.counts):
+            if n and seen + n >= rank:
+                if i == len(self.bounds):
+                    return self.bounds[-1]
+                lower = self.bounds[i - 1] if i else 0.0
+                return lower + (self.bounds[i] - lower) * (rank - seen) / n
+            seen += n
+        return self.bounds[-1]
+
+
+@dataclass
+class ArmTotals:
+    """One version's totals over all gateways; the gauges over the live ones."""
+
+    requests: dict[str, int] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    queue_depth: int = 0
+    in_flight: int = 0
+
+    @property
+    def answered(self) -> int:
+        """Requests that the model answered."""
+        return self.requests.get("success", 0)
+
+    @property
+    def total(self) -> int:
+        """Requests of every outcome."""
+        return sum(self.requests.values())
+
+    @property
+    def errors(self) -> int:
+        """Requests that were neither answered nor given up by their client."""
+        return self.total - self.answered - self.requests.get("cancelled", 0)
+
+    def add(self, row: Mapping[str, Any], bounds: Mapping[str, Sequence[float]]) -> None:
+        """Add one gateway's totals."""
+        for outcome, n in row["requests"].items():
+            self.requests[outcome] = self.requests.get(outcome, 0) + int(n)
+        for name in (*HISTOGRAMS, BATCH_SIZE):
+            ours = bounds["rows" if name == BATCH_SIZE else "seconds"]
+            histogram = self.histograms.setdefault(name, Histogram.empty(ours))
+            histogram.add(ours, row[name]["counts"], float(row[name]["sum"]))
+
+    def to_row(self, model: str, version: str) -> dict[str, Any]:
+        """The form of a report's row."""
+        histograms = {n: {"counts": h.counts, "sum": h.sum} for n, h in self.histograms.items()}
+        return {"model": model, "version": version, "requests": self.requests, **histograms}
+
+
+class Totals:
+    """The last report of every gateway instance. Lives on the controller's loop."""
+
+    def __init__(self, stored: Mapping[str, Mapping[str, Any]]) -> None:
+        self._base: Mapping[str, Any] = stored.get(BASE) or {"folded": []}
+        self._rows = {k: v for k, v in stored.items() if k != BASE}
+        self._saved = {k: _counts(v) for k, v in self._rows.items()}
+        self._heard: dict[str, float] = {}
+
+    def report(self, payload: Mapping[str, Any], now: float) -> None:
+        """Take a report. Raises `KeyError`, `TypeError` or `ValueError` if it is malformed."""
+        instance = f"{payload['gateway']}@{payload['started_at']}"
+        if instance in self._base["folded"]:
+            return
+        for row in payload["models"]:
+            ArmTotals().add(row, payload["bounds"])
+        self._rows[instance] = payload
+        self._heard[instance] = now
+
+    def live(self, now: float, tick_s: float) -> list[str]:
+        """The instances heard within the last few ticks."""
+        oldest = now - LIVE_TICKS * max(tick_s, 1.0)
+        return sorted(i for i, heard in self._heard.items() if heard >= oldest)
+
+    def rows(self, instances: Iterable[str]) -> list[Mapping[str, Any]]:
+        """The last reports of some instances."""
+        return [self._rows[i] for i in instances]
+
+    def views(self, now: float, tick_s: float) -> list[GatewayView]:
+        """What the live gateways route by and have not answered yet."""
+        views = []
+        for row in self.rows(self.live(now, tick_s)):
+            unanswered: Counter[ArmKey] = Counter()
+            for m in row["models"]:
+                key = (str(m["model"]), str(m["version"]))
+                unanswered[key] += int(m["queue_depth"]) + int(m["in_flight"])
+            views.append(GatewayView(int(row["revision"]), unanswered))
+        return views
+
+    def sum(self, live: Iterable[str] = ()) -> dict[ArmKey, ArmTotals]:
+        """Totals by (model, version); gauges are added for `live` instances only."""
+        arms: dict[ArmKey, ArmTotals] = {}
+        current = set(live)
+        for instance, row in (*self._rows.items(), (BASE, self._base)):
+            for m in row.get("models", ()):
+                arm = arms.setdefault((m["model"], m["version"]), ArmTotals())
+                arm.add(m, row["bounds"])
+                if instance in current:
+                    arm.queue_depth += int(m["queue_depth"])
+                    arm.in_flight += int(m["in_flight"])
+        return arms
+
+    def unrouted(self) -> Counter[str]:
+        """Requests for which no model was found, by error slug."""
+        found: Counter[str] = Counter()
+        for row in (*self._rows.values(), self._base):
+            found.update(row.get("unrouted", {}))
+        return found
+
+    def unsaved(self) -> dict[str, Mapping[str, Any]]:
+        """The rows whose counts are not in the store as they are now."""
+        return {i: r for i, r in self._rows.items() if self._saved.get(i) != _counts(r)}
+
+    def saved(self, instance: str, row: Mapping[str, Any]) -> None:
+        """`row` is in the store."""
+        self._saved[instance] = _counts(row)
+
+    def excess(self, now: float, tick_s: float) -> list[str]:
+        """The oldest dead instances beyond the number that is kept apart."""
+        live = set(self.live(now, tick_s))
+        dead = [i for i in self._rows if i not in live]
+        return dead[: max(0, len(dead) - MAX_INSTANCES)]
+
+    def folded(self, instances: Sequence[str]) -> dict[str, Any]:
+        """The base row with `instances` added, and their names: a late report counts nothing."""
+        rows = [self._base, *(self._rows[i] for i in instances)]
+        past: dict[ArmKey, ArmTotals] = {}
+        unrouted: Counter[str] = Counter()
+        bounds: Mapping[str, Sequence[float]] = {}
+        for row in rows:
+            bounds = row.get("bounds", bounds)
+            unrouted.update(row.get("unrouted", {}))
+            for m in row.get("models", ()):
+                past.setdefault((m["model"], m["version"]), ArmTotals()).add(m, row["bounds"])
+        names = [*self._base["folded"], *instances][-MAX_INSTANCES:]
+        models = [arm.to_row(*key) for key, arm in past.items()]
+        return {
+            "folded": names,
+            "models": models,
+            "bounds": dict(bounds),
+            "unrouted": dict(unrouted),
+        }
+
+    def fold(self, base: Mapping[str, Any], instances: Iterable[str]) -> None:
+        """`base`, which holds `instances`, is in the store."""
+        self._base = base
+        for instance in instances:
+            del self._rows[instance]
+            del self._saved[instance]
+            self._heard.pop(instance, None)
+
+
+def _counts(payload: Mapping[str, Any]) -> str:
+    """What of a report is worth a write: the totals, not the gauges."""
+    volatile = {"queue_depth", "in_flight", "replicas_connected"}
+    rows = [{k: v for k, v in m.items() if k not in volatile} for m in payload["models"]]
+    return json.dumps([rows, payload.get("unrouted")], sort_keys=True)

@@ -1,0 +1,297 @@
+"""One inference request on an HTTP connection, from its headers to its reply."""
+
+from __future__ import annotations
+
+import http
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from serving.core.cost import direct_cost, format_usd
+from serving.core.inference import OutputTensor
+from serving.core.protocol import encode_error, parse_json_length
+from serving.errors import InvalidRequest, ServingError
+from serving.gateway import encoding
+from serving.gateway.infer import MAX_TIMEOUT_S, Call, Timing, monotonic
+
+if TYPE_CHECKING:
+    from serving.gateway.http import HttpConnection
+
+log = logging.getLogger(__name__)
+
+_STATUS: Final = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in http.HTTPStatus}
+_MAX_ID: Final = 128
+# Replies below this are joined into one buffer; a large one is written without a copy.
+_JOIN_BYTES: Final = 1 << 16
+
+
+class Exchange:
+    """Request and reply. Also the `Sink` of its call.
+
+    The first three attributes are those that uvicorn's protocol reads of its own cycles.
+    """
+
+    __slots__ = (
+        "_accept_encoding",
+        "_arrival",
+        "_content_encoding",
+        "_error",
+        "_json_length",
+        "_request_id",
+        "_timeout",
+        "call",
+        "chunks",
+        "connection",
+        "content_length",
+        "disconnected",
+        "expect_continue",
+        "keep_alive",
+        "path",
+        "received",
+        "response_complete",
+    )
+
+    def __init__(self, connection: HttpConnection, path: bytes, keep_alive: bool) -> None:
+        self.response_complete = False
+        self.disconnected = False
+        self.keep_alive = keep_alive
+        self.connection = connection
+        self.path = path
+        self.chunks: list[bytes] = []
+        self.received = False
+        self.content_length = 0
+        self.expect_continue = False
+        self.call: Call | None = None
+        self._content_encoding = b""
+        self._accept_encoding = b""
+        self._json_length: bytes | None = None
+        self._request_id: bytes | None = None
+        self._timeout: bytes | None = None
+        self._error: Exception | None = None
+        self._arrival = 0.0
+
+    def read_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Note the headers that matter; names are lower-case. What is wrong is refused in `run`."""
+        for name, value in headers:
+            if name == b"content-length":
+                self.content_length = int(value)  # the parser has checked it
+            elif name == b"inference-header-content-length":
+                self._json_length = value
+            elif name == b"x-request-id":
+                self._request_id = value
+            elif name == b"accept-encoding":
+                self._accept_encoding = value
+            elif name == b"content-encoding":
+                self._content_encoding = value
+            elif name == b"x-request-timeout-ms":
+                self._timeout = value
+            elif name == b"expect" and value.lower() == b"100-continue":
+                self.expect_continue = True
+
+    def refuse(self, error: Exception) -> None:
+        """Answer with `error` when the turn comes, and close."""
+        self._error = error
+        self.keep_alive = False
+        self.received = True
+        self.chunks = []
+
+    def run(self) -> None:
+        """It is this exchange's turn and its body is there."""
+        self._arrival = monotonic()
+        if self._error is not None:
+            self._fail(self._error)
+            return
+        chunks, self.chunks = self.chunks, []
+        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if not self._content_encoding:
+            self._submit(body)
+            return
+        name = self._content_encoding.decode("latin-1")
+        limit = self.connection.front.limits.max_body_bytes
+
+        def inflate() -> bytes:
+            return encoding.decompress(body, name, limit)
+
+        self._off_loop(len(body), inflate, self._submit)
+
+    def _submit(self, body: bytes) -> None:
+        front = self.connection.front
+        arm = front.routes.infer_paths.get(self.path)
+        try:
+            if arm is None:
+                arm = front.routes.arm(*_model_and_version(self.path))
+            json_length = parse_json_length(self._json_length)
+            timeout = None if self._timeout is None else _parse_timeout(self._timeout)
+            if self._request_id is not None and not _is_request_id(self._request_id):
+                self._request_id = None
+                raise InvalidRequest(
+                    f"header x-request-id must be 1 to {_MAX_ID} printable ASCII characters"
+                )
+            request = arm.codec.decode(body, json_length)
+        except ServingError as error:
+            if arm is None:
+                front.count_unrouted(error.slug)
+            else:
+                arm.recorder.refused(error.slug, monotonic() - self._arrival)
+            self._fail(error)
+            return
+        except Exception as error:
+            self._fail(error)
+            return
+        try:
+            self.call = front.pipeline.submit(arm, request, self, self._arrival, timeout)
+        except ServingError as error:
+            self._fail(error)
+
+    # The sink.
+
+    def answered(self, call: Call, outputs: Sequence[OutputTensor], timing: Timing) -> float:
+        """Write the reply."""
+        batcher = call.arm
+        response = batcher.codec.encode(call.request, outputs)
+        price = batcher.arm.usd_per_hour
+        cost = b"unpriced"
+        if price is not None:
+            nano = direct_cost(price, timing.compute, timing.rows, timing.run_rows)
+            cost = format_usd(nano).encode()
+        now = monotonic()
+        kind = b"application/json"
+        if response.json_length is not None:
+            kind = (
+                b"application/octet-stream\r\ninference-header-content-length: %d"
+                % response.json_length
+            )
+        head = (
+            b"%bcontent-type: %b\r\nx-inference-cost-usd: %b\r\n"
+            b"server-timing: queue;dur=%.3f, compute;dur=%.3f, gateway;dur=%.3f\r\n"
+            % (
+                batcher.response_headers,
+                kind,
+                cost,
+                timing.queue * 1e3,
+                timing.compute * 1e3,
+                (now - call.arrival - timing.queue - timing.compute) * 1e3,
+            )
+        )
+        body = response.body
+        parts = (body,) if isinstance(body, bytes) else body
+        size = response.nbytes
+        if self._accept_encoding and size >= encoding.MIN_COMPRESSED_BYTES:
+            self._write_compressed(head, parts, size)
+        else:
+            self._write(200, head, parts, size)
+        return now
+
+    def failed(self, call: Call, error: ServingError) -> None:
+        """Write an error reply; the call has been counted."""
+        self._fail(error)
+
+    def disconnect(self) -> None:
+        """The client is gone."""
+        self.disconnected = True
+        self.chunks = []
+        if self.call is not None:
+            self.call.cancel()
+
+    # Replies.
+
+    def _write_compressed(
+        self, head: bytes, parts: Sequence[bytes | memoryview], size: int
+    ) -> None:
+        chosen = encoding.choose(self._accept_encoding)
+        if not chosen:
+            self._write(200, head, parts, size)
+            return
+        head += b"content-encoding: %b\r\nvary: accept-encoding\r\n" % chosen.encode()
+
+        def write(body: bytes) -> None:
+            self._write(200, head, (body,), len(body))
+
+        self._off_loop(size, lambda: encoding.compress(parts, chosen), write)
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, ServingError):
+            log.error("inference failed", exc_info=error)
+            error = ServingError("internal error")
+        head = b"content-type: application/json\r\n"
+        if error.retry_after_s is not None:
+            head += b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
+        body = encode_error(str(error))
+        self._write(error.http_status, head, (body,), len(body))
+
+    def _write(
+        self, status: int, head: bytes, parts: Sequence[bytes | memoryview], size: int
+    ) -> None:
+        if self.disconnected:
+            return
+        connection = self.connection
+        front = connection.front
+        request_id = self._request_id
+        if request_id is None:
+            request_id = front.next_request_id().encode()
+        head = b"%b%b%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n" % (
+            _STATUS[status],
+            front.date,
+            head,
+            request_id,
+            b"" if self.keep_alive else b"connection: close\r\n",
+            size,
+        )
+        if size < _JOIN_BYTES:
+            connection.transport.write(b"".join((head, *parts)))
+        else:
+            connection.transport.writelines((head, *parts))
+        self.response_complete = True
+        self.call = None
+        connection.exchange_complete(self)
+
+    def _off_loop(
+        self, size: int, work: Callable[[], bytes], then: Callable[[bytes], None]
+    ) -> None:
+        """Run `work` here if `size` is small, else in a thread; go on with its result."""
+        if size <= encoding.INLINE_BYTES:
+            try:
+                result = work()
+            except ServingError as error:
+                self._fail(error)
+            else:
+                then(result)
+            return
+        self.connection.front.loop.create_task(self._in_thread(work, then))
+
+    async def _in_thread(self, work: Callable[[], bytes], then: Callable[[bytes], None]) -> None:
+        try:
+            result = await self.connection.front.loop.run_in_executor(None, work)
+        except ServingError as error:
+            self._fail(error)
+            return
+        if not self.disconnected:
+            then(result)
+
+
+def _model_and_version(path: bytes) -> tuple[str, str | None]:
+    """The names in /v2/models/M[/versions/V]/infer. Raises `InvalidRequest`."""
+    parts = path.decode("utf-8", "replace").split("/")
+    if len(parts) == 5:
+        return parts[3], None
+    if len(parts) == 7 and parts[4] == "versions":
+        return parts[3], parts[5]
+    raise InvalidRequest("the path is not of the form /v2/models/MODEL[/versions/VERSION]/infer")
+
+
+def _parse_timeout(value: bytes) -> float:
+    try:
+        milliseconds = float(value)
+    except ValueError:
+        milliseconds = math.nan
+    if not 0 < milliseconds <= MAX_TIMEOUT_S * 1e3:
+        raise InvalidRequest(
+            f"header x-request-timeout-ms is {value[:40].decode('latin-1')!r}; "
+            f"expected milliseconds, more than 0 and at most {MAX_TIMEOUT_S * 1e3:.0f}"
+        )
+    return milliseconds * 1e-3
+
+
+def _is_request_id(value: bytes) -> bool:
+    return 0 < len(value) <= _MAX_ID and value.isascii() and value.decode().isprintable()

@@ -1,0 +1,186 @@
+"""The inference pipeline: from a decoded request and a sink to exactly one answer.
+
+It knows nothing of HTTP. A transport decodes its request, submits it with a `Sink`, and the sink is
+called once: with the outputs, or with a `ServingError`. A caller that is gone calls `cancel` and
+hears no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+from serving.core.batching import DEFAULT_PRIORITY, LOWEST_PRIORITY
+from serving.errors import DeadlineExceeded, InvalidRequest, ServingError
+
+if TYPE_CHECKING:
+    from serving.core.inference import InferRequest, OutputTensor
+    from serving.gateway.batcher import ArmBatcher
+
+MAX_TIMEOUT_S: Final = 3600.0
+monotonic = time.monotonic
+
+
+@dataclass(slots=True)
+class Timing:
+    """Where a request's time went, in seconds, and its share of the run that answered it."""
+
+    queue: float
+    compute: float
+    rows: int
+    run_rows: int
+
+
+class Sink(Protocol):
+    """Where an answer goes. Exactly one of the two is called, once, on the loop."""
+
+    def answered(self, call: Call, outputs: Sequence[OutputTensor], timing: Timing) -> float:
+        """Deliver the outputs, valid during the call; return when it was done (monotonic)."""
+
+    def failed(self, call: Call, error: ServingError) -> None:
+        """Deliver an error."""
+
+
+class Call:
+    """One admitted request on its way. Times are `time.monotonic()` seconds."""
+
+    __slots__ = (
+        "arm",
+        "arrival",
+        "attempts",
+        "deadline",
+        "done",
+        "key",
+        "level",
+        "request",
+        "rows",
+        "sent",
+        "sink",
+    )
+
+    def __init__(
+        self,
+        arm: ArmBatcher,
+        request: InferRequest,
+        sink: Sink,
+        arrival: float,
+        deadline: float,
+        level: int,
+    ) -> None:
+        self.arm = arm
+        self.request = request
+        self.rows = request.rows
+        self.key: Hashable = request.key
+        self.sink = sink
+        self.arrival = arrival
+        self.deadline = deadline
+        self.level = level
+        self.sent = 0.0
+        self.attempts = 0
+        self.done = False
+
+    def fail(self, error: ServingError) -> None:
+        """Answer with an error, once, and count it."""
+        if self.done:
+            return
+        self.done = True
+        self.arm.recorder.refused(error.slug, monotonic() - self.arrival)
+        self.sink.failed(self, error)
+
+    def cancel(self) -> None:
+        """Forget the request: its caller is gone."""
+        if self.done:
+            return
+        self.done = True
+        self.arm.recorder.refused("cancelled", monotonic() - self.arrival)
+        self.arm.forget(self)
+
+
+class Pipeline:
+    """Admits requests and holds them to their deadlines."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, batchers: Callable[[], Iterable[ArmBatcher]]
+    ) -> None:
+        self._loop = loop
+        self._batchers = batchers
+        self._next_deadline = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+
+    def submit(
+        self,
+        arm: ArmBatcher,
+        request: InferRequest,
+        sink: Sink,
+        arrival: float,
+        header_timeout_s: float | None = None,
+    ) -> Call:
+        """Admit a request that arrived at `arrival`. The answer comes through `sink`.
+
+        The deadline is the request's `timeout` parameter, else the transport's header, else the
+        model's default. Raises `InvalidRequest`, `Overloaded` or `Unavailable` without calling
+        the sink.
+        """
+        level = request.priority or DEFAULT_PRIORITY
+        if level > LOWEST_PRIORITY:
+            raise InvalidRequest(
+                f"parameter 'priority' is {level}; allowed: 1 (most urgent) to {LOWEST_PRIORITY}, "
+                f"or 0 for the default, {DEFAULT_PRIORITY}"
+            )
+        if request.timeout_us:
+            timeout = request.timeout_us * 1e-6
+        elif header_timeout_s is not None:
+            timeout = header_timeout_s
+        else:
+            timeout = arm.arm.timeout_s
+        deadline = arrival + min(timeout, MAX_TIMEOUT_S)
+        call = Call(arm, request, sink, arrival, deadline, level)
+        arm.admit(call)
+        if deadline < self._next_deadline:
+            self._watch(deadline)
+        return call
+
+    def close(self) -> None:
+        """Stop watching deadlines."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _watch(self, deadline: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next_deadline = deadline
+        self._timer = self._loop.call_later(max(0.0, deadline - monotonic()), self._expire)
+
+    def _expire(self) -> None:
+        """Answer what is past its deadline, then sleep until the next one.
+
+        Scanning all outstanding calls is cheap because it is rare: with a default timeout of 30 s
+        the earliest outstanding deadline is almost always 30 s away.
+        """
+        # A timer may fire up to a clock tick early: what is due within it is due.
+        now = monotonic() + 0.001
+        earliest = math.inf
+        for arm in self._batchers():
+            for call in arm.outstanding():
+                if call.deadline <= now:
+                    call.fail(_late(call))
+                    arm.forget(call)
+                elif call.deadline < earliest:
+                    earliest = call.deadline
+        self._timer = None
+        self._next_deadline = math.inf
+        if earliest < math.inf:
+            self._watch(earliest)
+
+
+def _late(call: Call) -> DeadlineExceeded:
+    where = "running" if call.sent else "waiting for a replica"
+    budget_ms = (call.deadline - call.arrival) * 1e3
+    return DeadlineExceeded(
+        f"model {call.arm.arm.model!r} version {call.arm.arm.version}: no answer within "
+        f"{budget_ms:.4g} ms; the request was {where}"
+    )

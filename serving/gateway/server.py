@@ -1,0 +1,234 @@
+"""A gateway without Ray: listener, routes, pipeline, and the loops that talk to the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, Final, Protocol
+
+import psutil
+import uvicorn
+
+from serving import tls
+from serving.config import GatewayConfig
+from serving.core.inference import Limits
+from serving.core.routing import RouteTable
+from serving.errors import ClusterError
+from serving.gateway.app import create_app
+from serving.gateway.http import HttpFront, HttpLimits
+from serving.gateway.infer import Pipeline, monotonic
+from serving.gateway.recorder import ROWS_BOUNDS, SECONDS_BOUNDS
+from serving.gateway.routes import Routes
+
+log = logging.getLogger(__name__)
+
+_POLL_S: Final = 10.0
+_BACKOFF_S: Final = 0.25
+_BACKLOG: Final = 2048
+
+
+class Controller(Protocol):
+    """What a gateway asks of the controller."""
+
+    async def call(self, method: str, *args: Any, timeout_s: float = ...) -> Any:
+        """One call. Raises `ClusterError` if there is no answer in time."""
+
+    async def call_patiently(self, method: str, *args: Any, patience_s: float) -> Any:
+        """`call`, again and again until it succeeds or `patience_s` seconds passed."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without signal handlers: the process belongs to Serve."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class GatewayServer:
+    """One gateway process's parts. `start`, then `stop`; everything runs on one loop."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        gateway: str,
+        node: str,
+        controller: Controller,
+        tick_s: float,
+    ) -> None:
+        self._config = config
+        self._gateway = gateway
+        self._node = node
+        self._controller = controller
+        self._tick_s = tick_s
+        self._started_at = time.time()
+        self._tls: ssl.SSLContext | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Listen. Raises `ClusterError` when the port is taken."""
+        config = self._config
+        loop = asyncio.get_running_loop()
+        limits = Limits(max_json_depth=config.max_json_depth, max_elements=config.max_elements)
+        self.routes = Routes(
+            gateway=self._gateway,
+            node=self._node,
+            limits=limits,
+            tls=self._tls_context,
+            loop=loop,
+        )
+        self.pipeline = Pipeline(loop, self.routes.batchers)
+        self.front = HttpFront(
+            self.pipeline,
+            self.routes,
+            HttpLimits(
+                config.max_body_bytes,
+                config.max_header_bytes,
+                config.keep_alive_s,
+                config.read_timeout_s,
+                config.write_timeout_s,
+            ),
+            loop,
+            request_id_prefix=f"{self._gateway[-8:]}-",
+        )
+        self.front.sweep()
+        listener = _listen(config.host, config.port)
+        self.port: int = listener.getsockname()[1]
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                create_app(self.routes, config.server_name),
+                http=self.front.protocol(),  # type: ignore[arg-type]
+                ws="none",
+                access_log=False,
+                log_level="warning",
+                lifespan="off",
+                server_header=False,
+                backlog=_BACKLOG,
+            )
+        )
+        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
+        self._tasks = [
+            asyncio.create_task(self._poll(), name="routes"),
+            asyncio.create_task(self._report_forever(), name="reports"),
+        ]
+
+    @property
+    def alive(self) -> bool:
+        """Whether the listener and both loops run."""
+        return not self._serving.done() and not any(t.done() for t in self._tasks)
+
+    async def stop(self) -> None:
+        """Stop listening, answer what was admitted within `drain_s`, report once more, close."""
+        self._uvicorn.should_exit = True
+        deadline = monotonic() + self._config.drain_s
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_s):
+                while any(b.queue_depth or b.in_flight for b in self.routes.batchers()):
+                    await asyncio.sleep(0.02)
+        if monotonic() >= deadline:
+            log.warning("requests were still in flight after %.1f s", self._config.drain_s)
+            self._uvicorn.force_exit = True
+        await self._serving
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(ClusterError):
+            await self._report()
+        self.pipeline.close()
+        self.front.close()
+        self.routes.close()
+
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            raise ConnectionError("this gateway has no certificate of the cluster yet")
+        return self._tls
+
+    async def _poll(self) -> None:
+        """Follow the route table. Without a controller the last one stays in force."""
+
+        async def once() -> None:
+            raw = await self._controller.call(
+                "poll_routes",
+                self._gateway,
+                self.routes.table.revision,
+                _POLL_S,
+                timeout_s=_POLL_S + 5.0,
+            )
+            if raw is not None:
+                table = RouteTable.from_dict(raw)
+                if self._tls is None and _leaves_node(table, self._node):
+                    await self._get_certificate()
+                self.routes.apply(table)
+
+        await _repeat(once, "route table")
+
+    async def _get_certificate(self) -> None:
+        key, csr = await asyncio.to_thread(tls.make_csr)
+        issued = await self._controller.call("issue_certificate", csr.decode())
+        self._tls = tls.client_context(key, issued["cert"].encode(), issued["ca"].encode())
+
+    async def _report_forever(self) -> None:
+        async def once() -> None:
+            await asyncio.sleep(self._tick_s)
+            await self._report()
+
+        await _repeat(once, "report")
+
+    async def _report(self) -> None:
+        await self._controller.call("report", self.report())
+
+    def report(self) -> Mapping[str, Any]:
+        """Totals since start and gauges, in plain JSON types."""
+        return {
+            "gateway": self._gateway,
+            "node": self._node,
+            "pid": os.getpid(),
+            "rss_bytes": psutil.Process().memory_info().rss,
+            "revision": self.routes.table.revision,
+            "started_at": self._started_at,
+            "connections": len(self.front.connections),
+            "unrouted": dict(self.front.unrouted),
+            "models": self.routes.report(),
+            "bounds": {"seconds": list(SECONDS_BOUNDS), "rows": list(ROWS_BOUNDS)},
+        }
+
+
+async def _repeat(once: Callable[[], Awaitable[None]], what: str) -> None:
+    """Do it for ever; an absent controller is a pause, logged when it begins and when it ends."""
+    failing = False
+    while True:
+        try:
+            await once()
+        except ClusterError as error:
+            if not failing:
+                log.warning("%s: %s; going on with what is known", what, error)
+            failing = True
+            await asyncio.sleep(_BACKOFF_S)
+        else:
+            if failing:
+                log.warning("%s: the controller is back", what)
+            failing = False
+
+
+def _leaves_node(table: RouteTable, node: str) -> bool:
+    return any(
+        endpoint.node != node
+        for model in table.models.values()
+        for arm in model.arms.values()
+        for endpoint in arm.endpoints
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=True)
+    except OSError as error:
+        raise ClusterError(f"cannot listen on {host}:{port}: {error.strerror}") from error

@@ -1,0 +1,313 @@
+"""The ONNX Runtime backend. The only file that imports onnxruntime."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from serving.artifacts import ONNX_PLATFORM
+from serving.core.types import DATATYPES, Batch, Signature, TensorSpec
+from serving.errors import ArtifactError, DeviceError, InvalidRequest
+from serving.replica.backends.base import Array, RuntimeOptions, as_raw, one_line
+from serving.replica.backends.cuda import missing_cuda, refused_by_runtime, require_cuda
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+_log = logging.getLogger(__name__)
+
+_PROVIDERS: Final = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+# ONNX Runtime's name of an element type → (datatype, onnx.TensorProto.DataType).
+_ELEMENT_TYPES: Final[Mapping[str, tuple[str, int]]] = {
+    "tensor(float)": ("FP32", 1),
+    "tensor(uint8)": ("UINT8", 2),
+    "tensor(int8)": ("INT8", 3),
+    "tensor(uint16)": ("UINT16", 4),
+    "tensor(int16)": ("INT16", 5),
+    "tensor(int32)": ("INT32", 6),
+    "tensor(int64)": ("INT64", 7),
+    "tensor(string)": ("BYTES", 8),
+    "tensor(bool)": ("BOOL", 9),
+    "tensor(float16)": ("FP16", 10),
+    "tensor(double)": ("FP64", 11),
+    "tensor(uint32)": ("UINT32", 12),
+    "tensor(uint64)": ("UINT64", 13),
+    "tensor(bfloat16)": ("BF16", 16),
+}
+_ONNX_TYPE: Final = dict(_ELEMENT_TYPES.values())
+_MAX_BINDINGS: Final = 16
+
+
+class OnnxBackend:
+    """One `InferenceSession`. Without a signature the graph's own declaration stands in."""
+
+    platform = ONNX_PLATFORM
+
+    def __init__(self, model: Path, options: RuntimeOptions, signature: Signature | None) -> None:
+        self._session, self.device, self.precision = _open(model, options)
+        declared = _declared(self._session, model)
+        if signature is not None:
+            _check(declared, signature, model)
+        self.signature = signature or declared
+        self._input_names = [t.name for t in declared.inputs]
+        self._output_names = [t.name for t in declared.outputs]
+        self._input_types = [t.datatype for t in declared.inputs]
+        self._output_types = [t.datatype for t in declared.outputs]
+        types = self._input_types + self._output_types
+        self._plain = "BYTES" not in types and "BF16" not in types
+        if "BYTES" in self._input_types and "BF16" in self._output_types:
+            raise ArtifactError(
+                f"{model}: BYTES inputs with BF16 outputs: ONNX Runtime's Python interface has no "
+                "call that takes the one and gives the other"
+            )
+        self._bound: BoundSession | None = None
+        if self.device != "cpu" and "BYTES" not in types:
+            self._bound = BoundSession(self._session, declared, "cuda", 0)
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """See `Backend.run`."""
+        if self._bound is not None:
+            return self._bound.run(inputs)
+        if self._plain:
+            feed = dict(zip(self._input_names, inputs, strict=True))
+            outputs: list[Array] = self._session.run(self._output_names, feed)
+            return outputs
+        return self._run_converted(inputs)
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._bound = None
+        del self._session
+
+    def _run_converted(self, inputs: Sequence[Array]) -> list[Array]:
+        """Run with what numpy and ONNX Runtime do not share: BF16 as OrtValues, BYTES as text."""
+        feed = {
+            name: _converted(name, datatype, array)
+            for name, datatype, array in zip(
+                self._input_names, self._input_types, inputs, strict=True
+            )
+        }
+        if "BF16" not in self._output_types:
+            outputs = self._session.run(self._output_names, feed)
+            return [
+                _from_text(out) if datatype == "BYTES" else out
+                for out, datatype in zip(outputs, self._output_types, strict=True)
+            ]
+        values = self._session.run_with_ort_values(self._output_names, feed)
+        return [
+            _from_text(v.numpy()) if t == "BYTES" else _copy_out(v, t)
+            for v, t in zip(values, self._output_types, strict=True)
+        ]
+
+
+class BoundSession:
+    """Runs a session through IO binding: inputs copied into device buffers that are kept per shape.
+
+    A buffer that stays at one address saves an allocation a run. Outputs are bound to the host, so
+    that ONNX Runtime copies them back inside the run. Works on "cpu" as well, which is how it is
+    tested.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, signature: Signature, device: str, device_id: int
+    ) -> None:
+        self._session = session
+        self._signature = signature
+        self._device, self._device_id = device, device_id
+        self._bindings: dict[tuple[tuple[int, ...], ...], tuple[Any, list[Any]]] = {}
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """See `Backend.run`; no BYTES."""
+        shapes = tuple(a.shape for a in inputs)
+        bound = self._bindings.get(shapes)
+        if bound is None:
+            bound = self._bind(shapes)
+        binding, values = bound
+        for value, array in zip(values, inputs, strict=True):
+            value.update_inplace(array)
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return [
+            _copy_out(value, spec.datatype)
+            for value, spec in zip(binding.get_outputs(), self._signature.outputs, strict=True)
+        ]
+
+    @property
+    def shapes_kept(self) -> int:
+        """How many shapes have buffers of their own."""
+        return len(self._bindings)
+
+    def _bind(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, list[Any]]:
+        import onnxruntime as ort
+
+        if len(self._bindings) >= _MAX_BINDINGS:
+            self._bindings.pop(next(iter(self._bindings)))
+        binding, values = self._session.io_binding(), []
+        for spec, shape in zip(self._signature.inputs, shapes, strict=True):
+            value = ort.OrtValue.ortvalue_from_shape_and_type(
+                list(shape), _ONNX_TYPE[spec.datatype], self._device, self._device_id
+            )
+            binding.bind_ortvalue_input(spec.name, value)
+            values.append(value)
+        for spec in self._signature.outputs:
+            binding.bind_output(spec.name, "cpu")
+        self._bindings[shapes] = binding, values
+        return binding, values
+
+
+def _open(model: Path, options: RuntimeOptions) -> tuple[ort.InferenceSession, str, str]:
+    """The session, its device and its precision. Raises `ArtifactError` and `DeviceError`."""
+    providers = _choose_providers(options)
+    import onnxruntime as ort
+
+    if providers[0] != _PROVIDERS["cpu"]:
+        # torch's wheels carry the CUDA and cuDNN libraries that the CUDA provider links to.
+        ort.preload_dlls()
+    try:
+        session = ort.InferenceSession(
+            str(model), _session_options(options.onnx), providers=_with_options(providers)
+        )
+    except Exception as error:
+        raise ArtifactError(f"{model}: ONNX Runtime cannot load it: {one_line(error)}") from error
+    active = session.get_providers()
+    if active[0] == _PROVIDERS["cpu"] and providers[0] != _PROVIDERS["cpu"]:
+        # ONNX Runtime only logs that a provider did not come up, and runs on the CPU.
+        if options.device == "auto" and not options.onnx.get("providers"):
+            _log.warning("a GPU is there but %s did not start: running on the CPU", providers[0])
+            return session, "cpu", "FP32"
+        raise refused_by_runtime(_asked(options), "ONNX Runtime", f"{providers[0]} did not start")
+    on_gpu = active[0] != _PROVIDERS["cpu"]
+    # On Ampere and later the CUDA provider multiplies FP32 matrices in TF32 (use_tf32, on by
+    # default).
+    return session, "cuda:0" if on_gpu else "cpu", "TF32" if on_gpu else "FP32"
+
+
+def _choose_providers(options: RuntimeOptions) -> list[str]:
+    named = options.onnx.get("providers")
+    if named:
+        wants_gpu = any(name != "cpu" for name in named)
+        if wants_gpu and options.device == "cpu":
+            raise DeviceError(
+                f"onnx.providers asks for {', '.join(named)} but device is cpu: change one of them"
+            )
+        if options.device == "cuda" and not wants_gpu:
+            raise DeviceError(
+                "device is cuda but onnx.providers names only cpu: change one of the two"
+            )
+        if wants_gpu:
+            require_cuda(_asked(options))
+        chosen = [_PROVIDERS[name] for name in named]
+        return chosen if _PROVIDERS["cpu"] in chosen else [*chosen, _PROVIDERS["cpu"]]
+    if options.device == "cuda":
+        require_cuda(_asked(options))
+    if options.device == "cpu" or (options.device == "auto" and missing_cuda()):
+        return [_PROVIDERS["cpu"]]
+    return [_PROVIDERS["cuda"], _PROVIDERS["cpu"]]
+
+
+def _asked(options: RuntimeOptions) -> str:
+    named = options.onnx.get("providers")
+    return f"onnx.providers: {', '.join(named)}" if named else f"device: {options.device}"
+
+
+def _with_options(providers: Sequence[str]) -> list[Any]:
+    # The arena grows by what is asked for, not by doubling: models share a GPU.
+    cuda = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
+    return [(p, cuda) if p == _PROVIDERS["cuda"] else p for p in providers]
+
+
+def _session_options(settings: Mapping[str, Any]) -> ort.SessionOptions:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = settings.get("intra_op_threads", 1)
+    options.inter_op_num_threads = inter = settings.get("inter_op_threads", 1)
+    if inter > 1:
+        options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = {
+        "disabled": levels.ORT_DISABLE_ALL,
+        "basic": levels.ORT_ENABLE_BASIC,
+        "extended": levels.ORT_ENABLE_EXTENDED,
+        "all": levels.ORT_ENABLE_ALL,
+    }[settings.get("graph_optimization", "all")]
+    # Idle pool threads sleep instead of spinning: the gateway shares these cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # Weights are allocated at their size, not in the arena, which rounds up.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    return options
+
+
+def _declared(session: ort.InferenceSession, model: Path) -> Signature:
+    """What the graph says of its inputs and outputs; symbolic dimensions become -1."""
+
+    def read(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
+        specs = []
+        for node in nodes:
+            if node.type not in _ELEMENT_TYPES:
+                raise ArtifactError(
+                    f"{model}: {node.name!r} is a {node.type}: the protocol has no such datatype"
+                )
+            shape = tuple(d if isinstance(d, int) and d >= 0 else -1 for d in node.shape)
+            specs.append(TensorSpec(node.name, _ELEMENT_TYPES[node.type][0], shape))
+        return tuple(specs)
+
+    return Signature(read(session.get_inputs()), read(session.get_outputs()), Batch.NONE)
+
+
+def _check(declared: Signature, signature: Signature, model: Path) -> None:
+    for kind in ("inputs", "outputs"):
+        ours = [(t.name, t.datatype) for t in getattr(signature, kind)]
+        theirs = [(t.name, t.datatype) for t in getattr(declared, kind)]
+        if ours != theirs:
+            raise ArtifactError(f"{model}: its {kind} are {theirs}, its signature.json says {ours}")
+
+
+def _converted(name: str, datatype: str, array: Array) -> Any:
+    """What a session takes for `array`, which must outlive the run: an OrtValue borrows it."""
+    import onnxruntime as ort
+
+    if datatype == "BYTES":
+        return _to_text(name, array)
+    if datatype == "BF16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_TYPE["BF16"])
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _to_text(name: str, array: Array) -> Array:
+    """BYTES elements as the `str` that ONNX Runtime wants: it would take `bytes` by their repr."""
+    text = np.empty(array.size, dtype=object)
+    for i, element in enumerate(array.reshape(-1)):
+        try:
+            text[i] = element.decode()
+        except UnicodeDecodeError:
+            raise InvalidRequest(
+                f"input {name!r}: element {i} is not valid UTF-8, and this model takes text"
+            ) from None
+    return text.reshape(array.shape)
+
+
+def _from_text(array: Array) -> Array:
+    raw = np.empty(array.size, dtype=object)
+    raw[:] = [element.encode() for element in array.reshape(-1)]
+    return raw.reshape(array.shape)
+
+
+def _copy_out(value: Any, datatype: str) -> Array:
+    """The content of an OrtValue on the host: `OrtValue.numpy` knows no BF16."""
+    if datatype != "BF16":
+        return as_raw(value.numpy())
+    content = np.empty(value.shape(), DATATYPES["BF16"].numpy)
+    ctypes.memmove(content.ctypes.data, value.data_ptr(), value.tensor_size_in_bytes())
+    return content

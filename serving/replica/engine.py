@@ -1,0 +1,297 @@
+"""Runs batches on one backend: merge what waits, pad, run, check, split.
+
+Any number of threads call `submit`; one of them at a time leads. A leader takes its own batch and
+every compatible one that waits (same shapes behind the rows, together at most `max_size` rows),
+runs them as one, hands out the results and names the next leader. With nobody waiting there is no
+hand-over at all: the thread that read a batch from its socket runs the model. A merged run that
+fails is repeated part by part, so that only the guilty part fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from serving.core.types import DATATYPES, Batch
+from serving.errors import DeadlineExceeded, InvalidRequest, ModelFailed, ServingError
+from serving.replica.backends.base import Array, Backend, as_raw, one_line
+
+_log = logging.getLogger(__name__)
+
+
+class Work:
+    """One batch on its way through the engine, filled in by whichever thread runs it.
+
+    `inputs` are in the signature's order; `deadline` is on the monotonic clock in seconds, 0 for
+    none. Afterwards either `outputs` or `error` is set, with the rows of the run it was part of
+    (padding included), the seconds it waited and the seconds that run took.
+    """
+
+    __slots__ = (
+        "arrived",
+        "compute_s",
+        "deadline",
+        "error",
+        "finished",
+        "inputs",
+        "outputs",
+        "queue_s",
+        "rows",
+        "run_rows",
+        "shapes",
+        "wake",
+    )
+
+    def __init__(
+        self, inputs: list[Array], rows: int, *, arrived: float, deadline: float = 0.0
+    ) -> None:
+        self.inputs = inputs
+        self.rows = rows
+        self.arrived = arrived
+        self.deadline = deadline
+        self.outputs: list[Array] = []
+        self.error: ServingError | None = None
+        self.finished = False
+        self.run_rows = 0
+        self.queue_s = 0.0
+        self.compute_s = 0.0
+        self.shapes: tuple[tuple[int, ...], ...] = ()
+        self.wake: threading.Lock | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRules:
+    """How batches may be merged and padded. `buckets` None: no padding."""
+
+    max_size: int
+    buckets: tuple[int, ...] | None = None
+
+    def padded(self, rows: int) -> int:
+        """The rows that a run of `rows` rows is padded to."""
+        for bucket in self.buckets or ():
+            if bucket >= rows:
+                return bucket
+        return rows
+
+
+def rules_for(
+    backend: Backend, max_size: int, buckets: tuple[int, ...] | None = None
+) -> BatchRules:
+    """The rules that fit a model: its fixed rows, the buckets asked for, or powers of two on a GPU.
+
+    On a GPU each new shape costs planning and memory, so the shapes are kept few.
+    """
+    signature = backend.signature
+    if signature.batch is Batch.NONE:
+        return BatchRules(1)
+    if signature.batch is Batch.FIXED:
+        return BatchRules(min(max_size, signature.fixed_rows), (signature.fixed_rows,))
+    if buckets is None and backend.device != "cpu":
+        powers = (1 << i for i in range((max_size - 1).bit_length()))
+        buckets = (*powers, max_size)
+    return BatchRules(max_size, buckets)
+
+
+class Engine:
+    """One backend and the batches that wait for it."""
+
+    def __init__(self, backend: Backend, rules: BatchRules) -> None:
+        self.backend = backend
+        self.rules = rules
+        self._merges = backend.signature.batch is not Batch.NONE
+        self._outputs = [
+            (spec.name, spec.datatype, _expected_dtype(spec.datatype), len(spec.shape))
+            for spec in backend.signature.outputs
+        ]
+        self._mutex = threading.Lock()
+        self._waiting: deque[Work] = deque()
+        self._busy = False
+        self._run_started = 0.0
+        self._last_end = time.monotonic()
+
+    def submit(self, work: Work) -> None:
+        """Run `work`, alone or with others; return when it is finished, `work.error` set or not."""
+        if self._refused(work):
+            return
+        with self._mutex:
+            if self._busy:
+                work.shapes = _shapes(work, self._merges)
+                work.wake = threading.Lock()
+                work.wake.acquire()
+                self._waiting.append(work)
+            else:
+                self._busy = True
+        if work.wake is not None:
+            work.wake.acquire()
+            if work.finished:
+                return
+        self._lead(work)
+
+    @property
+    def waiting(self) -> int:
+        """How many batches wait for the run in progress to end."""
+        return len(self._waiting)
+
+    @property
+    def stalled_s(self) -> float:
+        """How long the current run has lasted, in seconds; 0 when idle."""
+        started = self._run_started
+        return time.monotonic() - started if started else 0.0
+
+    @property
+    def idle_s(self) -> float:
+        """How long no batch has been in flight, in seconds."""
+        return 0.0 if self._busy else time.monotonic() - self._last_end
+
+    def _refused(self, work: Work) -> bool:
+        if work.rows <= self.rules.max_size:
+            return False
+        work.error = InvalidRequest(
+            f"a batch of {work.rows} rows; this model takes at most {self.rules.max_size}"
+        )
+        work.finished = True
+        return True
+
+    def _lead(self, work: Work) -> None:
+        """Run `work` with what may join it, then pass the lead on."""
+        group = [work]
+        if self._waiting:
+            self._gather(group)
+        try:
+            self._run_group(group)
+        finally:
+            self._last_end = time.monotonic()
+            with self._mutex:
+                heir = self._waiting.popleft() if self._waiting else None
+                self._busy = heir is not None
+            # The next run starts before these results are sent: sending overlaps with it.
+            if heir is not None and heir.wake is not None:
+                heir.wake.release()
+            for mate in group:
+                mate.finished = True
+                if mate is not work and mate.wake is not None:
+                    mate.wake.release()
+
+    def _gather(self, group: list[Work]) -> None:
+        """Move every waiting batch that can run with `group[0]` into `group`."""
+        if not self._merges:
+            return
+        room = self.rules.max_size - group[0].rows
+        shapes = group[0].shapes or _shapes(group[0], self._merges)
+        with self._mutex:
+            kept: deque[Work] = deque()
+            for waiting in self._waiting:
+                if waiting.rows <= room and waiting.shapes == shapes:
+                    group.append(waiting)
+                    room -= waiting.rows
+                else:
+                    kept.append(waiting)
+            self._waiting = kept
+
+    def _run_group(self, group: list[Work]) -> None:
+        started = time.monotonic()
+        alive = []
+        for work in group:
+            work.queue_s = started - work.arrived
+            if work.deadline and started >= work.deadline:
+                work.error = DeadlineExceeded(
+                    f"the deadline passed {(started - work.deadline) * 1e3:.1f} ms before the run"
+                )
+            else:
+                alive.append(work)
+        if not alive:
+            return
+        try:
+            self._run(alive)
+        except ServingError as error:
+            self._failed(alive, error)
+        except Exception as error:
+            _log.warning("the model failed on %d rows", sum(w.rows for w in alive), exc_info=True)
+            self._failed(alive, ModelFailed(f"the model failed: {one_line(error)}"))
+
+    def _failed(self, group: list[Work], error: ServingError) -> None:
+        if len(group) == 1:
+            group[0].error = error
+            return
+        for work in group:
+            self._run_group([work])
+
+    def _run(self, group: list[Work]) -> None:
+        """One run over all of `group`. Raises what the backend raises, and `ModelFailed`."""
+        rows = sum(w.rows for w in group) if len(group) > 1 else group[0].rows
+        padded = self.rules.padded(rows) if self._merges else rows
+        self._run_started = started = time.monotonic()
+        try:
+            if len(group) == 1 and padded == rows:
+                inputs = group[0].inputs
+            else:
+                inputs = [
+                    _merge([w.inputs[i] for w in group], padded) for i in range(self._n_inputs)
+                ]
+            outputs = self._checked(self.backend.run(inputs), padded)
+        finally:
+            self._run_started = 0.0
+        compute_s = time.monotonic() - started
+        at = 0
+        for work in group:
+            end = at + work.rows
+            alone = len(group) == 1 and padded == rows
+            work.outputs = outputs if alone else [out[at:end] for out in outputs]
+            work.run_rows, work.compute_s, at = padded, compute_s, end
+
+    @property
+    def _n_inputs(self) -> int:
+        return len(self.backend.signature.inputs)
+
+    def _checked(self, outputs: list[Array], rows: int) -> list[Array]:
+        """`outputs` in wire form. Raises `ModelFailed` where they do not fit the signature."""
+        if len(outputs) != len(self._outputs):
+            raise ModelFailed(
+                f"the model returned {len(outputs)} outputs, its signature has {len(self._outputs)}"
+            )
+        raw = []
+        for out, (name, datatype, dtype, ndim) in zip(outputs, self._outputs, strict=True):
+            if out.dtype != dtype:
+                raise ModelFailed(
+                    f"output {name!r} came back as {out.dtype}, its signature says {datatype}"
+                )
+            if out.ndim != ndim:
+                raise ModelFailed(
+                    f"output {name!r} came back with {out.ndim} dimensions, not {ndim}"
+                )
+            if self._merges and out.shape[0] != rows:
+                raise ModelFailed(
+                    f"output {name!r} came back with {out.shape[0]} rows for a batch of {rows}"
+                )
+            raw.append(as_raw(out))
+        return raw
+
+
+def _expected_dtype(datatype: str) -> np.dtype[np.generic]:
+    return DATATYPES[datatype].numpy or np.dtype(object)
+
+
+def _shapes(work: Work, has_rows: bool) -> tuple[tuple[int, ...], ...]:
+    return tuple(a.shape[1:] if has_rows else a.shape for a in work.inputs)
+
+
+def _merge(parts: Sequence[Array], rows: int) -> Array:
+    """`parts` one under the other, padded to `rows` rows.
+
+    Padding repeats the last row: a value that the model accepts, where zeros might not be (a log,
+    an index).
+    """
+    merged = np.empty((rows, *parts[0].shape[1:]), parts[0].dtype)
+    at = 0
+    for part in parts:
+        merged[at : at + len(part)] = part
+        at += len(part)
+    if 0 < at < rows:
+        merged[at:] = merged[at - 1]
+    return merged

@@ -1,0 +1,54 @@
+"""Ends the process when a run hangs or when the process that started it is gone.
+
+A hung kernel or a deadlocked operator cannot be cancelled from Python. The process leaves at once,
+with every socket closed, so that the gateway sends its batches to another replica and Serve starts
+a new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Final
+
+from serving.replica.engine import Engine
+
+EXIT_STALLED: Final = 70
+
+_log = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Checks `engine` a few times per `stall_timeout_s` (seconds) from its own thread."""
+
+    def __init__(self, engine: Engine, stall_timeout_s: float) -> None:
+        self._engine = engine
+        self._stall_timeout_s = stall_timeout_s
+        self._parent = os.getppid()
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Begin to watch."""
+        threading.Thread(target=self._watch, name="replica-watchdog", daemon=True).start()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        period_s = min(1.0, self._stall_timeout_s / 10)
+        while not self._stopped.wait(period_s):
+            stalled_s = self._engine.stalled_s
+            if stalled_s > self._stall_timeout_s:
+                self._leave(
+                    f"a run of the model has lasted {stalled_s:.1f} s, "
+                    f"stall_timeout_s is {self._stall_timeout_s:g}"
+                )
+            if os.getppid() != self._parent:
+                self._leave("the process that started this replica is gone")
+
+    def _leave(self, reason: str) -> None:
+        _log.critical("this replica exits: %s", reason)
+        logging.shutdown()
+        os._exit(EXIT_STALLED)

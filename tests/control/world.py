@@ -1,0 +1,215 @@
+"""A controller without Ray: a real store, and a cluster of applications that are only names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serving.config import ServingConfig, parse_config
+from serving.control.controller import Controller
+from serving.control.reconcile import Clock
+from serving.control.state import AppStatus, Resolved
+from serving.core.plan import AppSpec, Phase
+from serving.core.types import Batch, Signature, TensorSpec
+from serving.errors import RegistryError
+from serving.store.sql import Store, open_store
+
+SIGNATURE = Signature(
+    (TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 2)),), Batch.DYNAMIC
+)
+
+
+class Crash(BaseException):
+    """The controller's process ends here."""
+
+
+@dataclass
+class FakeCluster:
+    """Applications that become ready when `announce` says so, unless they are `broken`."""
+
+    apps: dict[str, AppSpec] = field(default_factory=dict)
+    phases: dict[str, Phase] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+    started: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+    now: float = 1000.0
+
+    def observe(self) -> dict[str, AppStatus]:
+        return {name: AppStatus(phase, "", 1000.0) for name, phase in self.phases.items()}
+
+    def start(self, apps: Sequence[AppSpec]) -> None:
+        for app in apps:
+            assert app.name not in self.phases, f"{app.name} runs already: this would roll it"
+            self.apps[app.name], self.phases[app.name] = app, Phase.STARTING
+            self.started.append(app.name)
+
+    def delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.phases.pop(name, None)
+            self.deleted.append(name)
+
+    def announcements(self) -> list[dict[str, Any]]:
+        """What the replicas of everything that runs say now."""
+        found = []
+        for name in self.phases:
+            app = self.apps[name]
+            failed = app.replica.version in self.broken
+            if not failed:
+                self.phases[name] = Phase.RUNNING
+            found += [
+                announcement(app, i, state="failed" if failed else "ready")
+                for i in range(app.count)
+            ]
+        return found
+
+
+def announcement(app: AppSpec, number: int, state: str = "ready") -> dict[str, Any]:
+    replica = f"{app.name}#{number}"
+    return {
+        "replica": replica,
+        "app": app.name,
+        "model": app.replica.model,
+        "version": app.replica.version,
+        "digest": app.replica.digest,
+        "node": "node",
+        "unix": f"/run/{replica}.sock" if state != "failed" else None,
+        "tcp": None,
+        "pid": 1,
+        "device": "cpu",
+        "platform": "onnxruntime_onnx",
+        "state": state,
+        "error": "the golden outputs differ" if state == "failed" else None,
+        "rss_bytes": 1,
+        "load_s": 0.1,
+    }
+
+
+@dataclass
+class FakeResolver:
+    """Versions 1 to 3 of every model; `champion` is what @champion names."""
+
+    champion: str = "1"
+    digests: dict[str, str] = field(default_factory=dict)
+    calls: int = 0
+
+    def resolve(self, refs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Resolved]:
+        self.calls += 1
+        return {(model, ref): self._one(ref) for model, ref in refs}
+
+    def _one(self, ref: str) -> Resolved:
+        version = self.champion if ref == "@champion" else ref
+        if version not in ("1", "2", "3"):
+            raise RegistryError(f"no version {ref}")
+        digest = self.digests.get(version, f"sha256:{version * 64}")
+        return Resolved(version, digest, "onnxruntime_onnx", SIGNATURE)
+
+
+class Bomb:
+    """Passes calls on to `target`; the `fuse`-th call ends the controller, before or after it."""
+
+    def __init__(self, target: Any, names: Sequence[str], trip: Callable[[], str]) -> None:
+        self._target, self._names, self._trip = target, frozenset(names), trip
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._target, name)
+        if name not in self._names:
+            return method
+
+        def call(*args: Any, **options: Any) -> Any:
+            verdict = self._trip()
+            if verdict == "before":
+                raise Crash
+            result = method(*args, **options)
+            if verdict == "after":
+                raise Crash
+            return result
+
+        return call
+
+
+@dataclass
+class World:
+    """One deployment whose controller may be replaced at any time."""
+
+    home: Path
+    deployment: str = "first"
+    cluster: FakeCluster = field(default_factory=FakeCluster)
+    resolver: FakeResolver = field(default_factory=FakeResolver)
+    monotonic: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.store: Store = open_store(f"sqlite:///{self.home / 'store.db'}")
+
+    def config(self, models: dict[str, Any] | None = None) -> ServingConfig:
+        raw = {"home": str(self.home), "models": models or {}}
+        return parse_config(raw, source="test")
+
+    async def controller(self, wrap: Callable[[Any, str], Any] = lambda x, _: x) -> Controller:
+        """A new controller process, on what the last one left."""
+        controller = Controller(
+            self.config(),
+            self.deployment,
+            store=wrap(self.store, "store"),
+            cluster=wrap(self.cluster, "cluster"),
+            resolver=self.resolver,
+            clock=Clock(lambda: self.monotonic, lambda: 1000.0 + self.monotonic),
+        )
+        await controller.load()
+        return controller
+
+    def announce(self, controller: Controller) -> None:
+        for info in self.cluster.announcements():
+            controller.announce(info)
+
+    async def settle(self, controller: Controller, steps: int = 12) -> None:
+        """Time passes, replicas announce themselves, gateways report, the controller steps."""
+        for _ in range(steps):
+            self.monotonic += 1.0
+            self.announce(controller)
+            controller.report(self.report(controller.board.revision))
+            await controller.step(look=True)
+
+    def report(self, revision: int, **facts: Any) -> dict[str, Any]:
+        return gateway_report("g1", revision, **facts)
+
+    async def apply(
+        self, controller: Controller, models: dict[str, Any], *, dry_run: bool = False
+    ) -> dict[str, Any]:
+        raw = self.config(models).model_dump(mode="json")
+        return await controller.apply(raw, dry_run=dry_run)
+
+
+def gateway_report(
+    gateway: str, revision: int = 0, models: Sequence[dict[str, Any]] = (), **facts: Any
+) -> dict[str, Any]:
+    return {
+        "gateway": gateway,
+        "node": "node",
+        "pid": 1,
+        "revision": revision,
+        "started_at": 1.0,
+        "connections": 0,
+        "unrouted": {},
+        "models": list(models),
+        "bounds": {"seconds": [0.001, 0.01, 0.1], "rows": [1, 4, 16]},
+        **facts,
+    }
+
+
+def model_row(version: str, success: int, **facts: Any) -> dict[str, Any]:
+    """A gateway's totals of a version: every request took 5 ms, alone in its batch."""
+    seconds = {"counts": [0, success, 0, 0], "sum": 0.005 * success}
+    return {
+        "model": "m",
+        "version": version,
+        "digest": f"sha256:{version}",
+        "requests": {"success": success},
+        **dict.fromkeys(("latency", "gateway", "queue", "compute"), seconds),
+        "batch_size": {"counts": [success, 0, 0, 0], "sum": success},
+        "queue_depth": 0,
+        "in_flight": 0,
+        "replicas_connected": 1,
+        **facts,
+    }

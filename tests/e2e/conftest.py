@@ -1,0 +1,55 @@
+"""Models that the end-to-end tests serve, registered once."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.zoo.catalogue import build
+from tests.e2e.deployment import register
+
+
+def _write_sleeper(directory: Path) -> None:
+    """TorchScript: y = 2x, but a row with a value over 1e6 keeps it busy for ever."""
+    import torch
+
+    class Sleeper(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            spins = 0
+            if bool((x > 1e6).any()):
+                while bool((x < 1e30).all()):
+                    spins += 1
+            return x * 2 + spins
+
+    with warnings.catch_warnings():
+        # TorchScript is deprecated, and served all the same.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Sleeper()).save(str(directory / "sleeper.ts"))
+    np.savez(directory / "sample.npz", x=np.ones((2, 4), np.float32))
+
+
+@pytest.fixture(scope="session")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose registry has mlp (versions 1 and 2), simple and sleeper."""
+    home = tmp_path_factory.mktemp("registered")
+    work = tmp_path_factory.mktemp("work")
+    mlp = build("mlp", work / "mlp")
+    register(home, "mlp", mlp, "--alias", "champion")
+    register(home, "mlp", mlp, "--batch", "dynamic", "--metric", "accuracy=0.9")
+    register(home, "simple", build("simple", work / "simple"))
+    _write_sleeper(work)
+    register(
+        home, "sleeper", work / "sleeper.ts", "--sample", work / "sample.npz", "--batch", "dynamic"
+    )
+    return home
+
+
+@pytest.fixture
+def home(registered: Path, tmp_path: Path) -> Path:
+    """A fresh home with its own copy of the registry's database."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(registered / "registry.db", home)
+    return home

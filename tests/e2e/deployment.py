@@ -1,0 +1,129 @@
+"""A real deployment for tests: `serving up` as a child process, with its own home and ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SERVING = [str(Path(sys.executable).with_name("serving"))]
+
+
+def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
+    """The first true value of `condition`, polled; fails with `what` after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if value := condition():
+            return value
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.05)
+
+
+def serving(
+    *arguments: str | Path, home: Path, env: dict[str, str] | None = None, timeout_s: float = 180.0
+) -> subprocess.CompletedProcess[str]:
+    """Run one `serving` command to its end."""
+    return subprocess.run(
+        [*SERVING, *map(str, arguments)],
+        env={**os.environ, "SERVING_HOME": str(home), **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def register(home: Path, name: str, model: Path, *options: str | Path) -> None:
+    done = serving("register", name, model, *options, home=home)
+    assert done.returncode == 0, done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Deployment:
+    """`with Deployment(home, {"mlp": {…}}) as d:` serves those models and stops in the end."""
+
+    def __init__(self, home: Path, models: dict[str, Any], **sections: Any) -> None:
+        self.home = home
+        self.port, self.control_port = free_port(), free_port()
+        self.config = {
+            **sections,
+            "gateway": {"port": self.port, **sections.get("gateway", {})},
+            "control": {"port": self.control_port, **sections.get("control", {})},
+            "models": models,
+        }
+        self.file = home / "serving.yaml"
+        self.log = home / "up.log"
+
+    def __enter__(self) -> Deployment:
+        self.write(self.config["models"])
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*SERVING, "up", "-f", str(self.file)],
+                env={**os.environ, "SERVING_HOME": str(self.home)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            eventually(self._ready, f"ready\n{self.log.read_text()}", 120)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _ready(self) -> bool:
+        assert self.process.poll() is None, f"serving up ended:\n{self.log.read_text()}"
+        try:
+            return bool(self.get(self.port, "/v2/health/ready")["ready"])
+        except (OSError, urllib.error.HTTPError):
+            return False
+
+    def stop(self) -> int:
+        """Ctrl-C; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def write(self, models: dict[str, Any]) -> None:
+        """Change the models in the configuration file."""
+        self.config["models"] = models
+        self.file.write_text(yaml.safe_dump(self.config))
+
+    def apply(self, models: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+        """Change the models and `serving apply`."""
+        self.write(models)
+        return serving("apply", "-f", self.file, home=self.home)
+
+    def get(self, port: int, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as reply:
+            return json.loads(reply.read())
+
+    def status(self) -> Any:
+        return self.get(self.control_port, "/v1/status")
+
+    def metrics(self) -> str:
+        url = f"http://127.0.0.1:{self.control_port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return str(reply.read().decode())

@@ -1,0 +1,233 @@
+"""ModelReplica on a real Ray Serve, with a controller that only writes down what it hears."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving import compose, tls
+from serving.artifacts import build_manifest, place_copy
+from serving.control_link import CONTROLLER_APP
+from serving.core.replica import ReplicaSpec
+
+from . import models
+from .client import Client
+from .conftest import wait_until
+from .test_golden import Bundle, X
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
+OPTIONS: dict[str, Any] = {
+    "ray_actor_options": {"num_cpus": 0},
+    "health_check_period_s": 1,
+    "graceful_shutdown_wait_loop_s": 0.1,
+    "max_ongoing_requests": 100,
+}
+
+
+class Recorder:
+    """The control calls that a replica makes."""
+
+    def __init__(self, log: str, bundle: str, ca: str) -> None:
+        self.log, self.bundle, self.ca = log, Path(bundle), Path(ca)
+        self._write({"controller": os.getpid()})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    async def announce(self, info: dict[str, Any]) -> None:
+        self._write(info)
+
+    async def manifest(self, digest: str) -> dict[str, Any]:
+        return build_manifest(self.bundle).to_dict()
+
+    async def read_artifact(self, digest: str, path: str, offset: int, size: int) -> bytes:
+        return (self.bundle / path).read_bytes()[offset : offset + size]
+
+    async def issue_certificate(self, csr_pem: str) -> dict[str, str]:
+        ca = tls.ensure_ca(self.ca)
+        return {"cert": tls.sign_csr(self.ca, csr_pem.encode()).decode(), "ca": ca.decode()}
+
+
+class Cluster:
+    """A local Serve with a `Recorder`, and what it wrote down."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.log = directory / "log"
+        self.bundle = Bundle(directory / "bundle", directory / "home")
+
+    def start(self) -> None:
+        import ray
+        from ray import serve
+
+        ray.init(
+            num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False
+        )
+        serve.start(proxy_location="Disabled")
+        bound = serve.deployment(Recorder).options(**OPTIONS)
+        arguments = (str(self.log), str(self.bundle.directory), str(self.directory / "ca"))
+        serve.run(bound.bind(*arguments), name=CONTROLLER_APP, route_prefix=None)
+
+    def deploy(self, name: str, spec: ReplicaSpec) -> None:
+        from ray import serve
+
+        from serving.replica.deployment import ModelReplica
+
+        app = ModelReplica.options(**OPTIONS).bind(spec.to_dict())
+        serve.run_many(
+            [serve.RunTarget(app, name=name, route_prefix=None)],
+            wait_for_applications_running=False,
+        )
+
+    def spec(self, name: str, **settings: Any) -> ReplicaSpec:
+        return ReplicaSpec(
+            model=name,
+            version="1",
+            digest=self.bundle.digest,
+            home=str(self.directory / "home"),
+            run_dir=str(self.directory / "run"),
+            app=f"model-{name}",
+            device="cpu",
+            **settings,
+        )
+
+    def entries(self) -> list[dict[str, Any]]:
+        if not self.log.exists():
+            return []
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def heard(self, state: str, of: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first announcement with `state` that satisfies `of`; waits for it."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            found[:] = [e for e in self.entries() if e.get("state") == state and of(e)]
+            return bool(found)
+
+        wait_until(look, f"a replica announces {state}", 90)
+        return found[0]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    environment = dict(os.environ)
+    compose.prepare_environment(embedded=True)
+    import ray
+    from ray import serve
+
+    # Unix sockets lie in it: pytest's own directories have too long names.
+    directory = Path(tempfile.mkdtemp(prefix="sg-"))
+    started = Cluster(directory)
+    started.start()
+    yield started
+    serve.shutdown()
+    ray.shutdown()
+    os.environ.clear()
+    os.environ.update(environment)
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):
+            path.chmod(0o700)
+    shutil.rmtree(directory)
+
+
+def serves(path: str) -> None:
+    with Client.unix(path) as client:
+        np.testing.assert_allclose(client.infer(X)[0], X @ models.LINEAR_W)
+
+
+def test_a_replica_fetches_its_artifact_announces_itself_and_serves(cluster: Cluster) -> None:
+    cluster.deploy("model-a", cluster.spec("a"))
+    info = cluster.heard("ready", lambda e: e["model"] == "a")
+    assert info["digest"] == cluster.bundle.digest
+    assert (info["app"], info["device"], info["platform"]) == ("model-a", "cpu", "onnxruntime_onnx")
+    assert info["error"] is None
+    assert info["tcp"] is None
+    assert info["rss_bytes"] > 1 << 20
+    assert info["load_s"] > 0
+    serves(info["unix"])
+    with Client.unix(info["unix"]) as client:
+        assert client.hello == {k: info[k] for k in ("model", "version", "digest", "replica")}
+
+
+def test_it_serves_on_and_announces_again_when_the_controller_was_killed(
+    cluster: Cluster,
+) -> None:
+    info = cluster.heard("ready", lambda e: e["model"] == "a")
+    before = [e["controller"] for e in cluster.entries() if "controller" in e]
+    os.kill(before[-1], signal.SIGKILL)
+    for _ in range(50):
+        serves(info["unix"])
+
+    def announced_to_the_successor() -> bool:
+        entries = cluster.entries()
+        starts = [i for i, e in enumerate(entries) if "controller" in e]
+        later = entries[starts[-1] :]
+        return len(starts) > len(before) and any(e.get("pid") == info["pid"] for e in later)
+
+    wait_until(announced_to_the_successor, "the new controller hears of the old replica", 90)
+
+
+def test_a_replica_that_was_killed_is_replaced(cluster: Cluster) -> None:
+    info = cluster.heard("ready", lambda e: e["model"] == "a")
+    with Client.unix(info["unix"]) as client:
+        os.kill(info["pid"], signal.SIGKILL)
+        with suppress(ConnectionResetError):
+            assert client.sock.recv(1) == b""
+    successor = cluster.heard("ready", lambda e: e["model"] == "a" and e["pid"] != info["pid"])
+    assert successor["replica"] != info["replica"]
+    serves(successor["unix"])
+
+
+def test_a_replica_on_another_node_is_reached_by_mutual_tls_only(cluster: Cluster) -> None:
+    cluster.deploy("model-t", cluster.spec("t", listen_tcp=True, node_host="127.0.0.1"))
+    info = cluster.heard("ready", lambda e: e["model"] == "t")
+    host, port = info["tcp"].rsplit(":", 1)
+    key, csr = tls.make_csr("gateway")
+    directory = cluster.directory / "ca"
+    context = tls.client_context(key, tls.sign_csr(directory, csr), tls.ensure_ca(directory))
+    with (
+        context.wrap_socket(socket.create_connection((host, int(port)))) as sock,
+        Client(sock) as client,
+    ):
+        np.testing.assert_allclose(client.infer(X)[0], X @ models.LINEAR_W)
+    with (
+        socket.create_connection((host, int(port))) as plain,
+        pytest.raises((ConnectionError, EOFError)),
+    ):
+        Client(plain)
+
+
+def test_a_load_failure_reaches_the_controller_in_one_sentence(cluster: Cluster) -> None:
+    wrong = Bundle(cluster.directory / "wrong", cluster.directory / "home", p=np.zeros((2, 3), "f"))
+    # Put into the node's cache, because the controller here has one bundle only.
+    place_copy(wrong.home, wrong.digest, wrong.directory)
+    spec = ReplicaSpec.from_dict({**cluster.spec("f").to_dict(), "digest": wrong.digest})
+    cluster.deploy("model-f", spec)
+    info = cluster.heard("failed", lambda e: e["model"] == "f")
+    assert info["error"].startswith("golden check: output 'p' differs by at most ")
+    assert info["unix"] is None
+
+
+def test_a_deleted_app_says_goodbye_and_its_process_ends(cluster: Cluster) -> None:
+    from ray import serve
+
+    info = cluster.heard("ready", lambda e: e["model"] == "t")
+    process = os.pidfd_open(info["pid"])
+    serve.delete("model-t", _blocking=False)
+    cluster.heard("draining", lambda e: e["model"] == "t")
+    wait_until(lambda: not Path(info["unix"]).exists(), "the socket is gone", 20)
+    assert select.select([process], [], [], 30)[0], "the process has not ended"
+    os.close(process)
