@@ -100,7 +100,8 @@ def cpu_by_role(
 class Meter:
     """CPU time spent while a `with` block ran.
 
-    `by_role`: seconds of each role of the tree under `root`. `others`: the share of the whole
+    `by_role`: seconds of each role of the tree under `root`. `load`: seconds of this process and
+    the children it waited for: the load generator. `others`: the share of the whole
     machine's CPU, 0 to 1, that neither that tree nor this process and its children used: what other
     programs took, and what the hypervisor kept. Figures taken beside a busy program mean little.
     """
@@ -108,6 +109,7 @@ class Meter:
     def __init__(self, root: int) -> None:
         self._root = root
         self.by_role: Mapping[str, float] = {}
+        self.load = 0.0
         self.others = 0.0
 
     def __enter__(self) -> Self:
@@ -117,9 +119,9 @@ class Meter:
 
     def __exit__(self, *_: object) -> None:
         self.by_role = cpu_by_role(self._tree, usage(self._root))
-        busy, own = _machine_busy() - self._busy, _own_seconds() - self._own
+        busy, self.load = _machine_busy() - self._busy, _own_seconds() - self._own
         capacity = (time.monotonic() - self._began) * (os.cpu_count() or 1)
-        self.others = max(0.0, busy - own - sum(self.by_role.values())) / capacity
+        self.others = max(0.0, busy - self.load - sum(self.by_role.values())) / capacity
 
 
 def _machine_busy() -> float:

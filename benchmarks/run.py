@@ -136,6 +136,7 @@ def _figures(system: System, result: wrk.WrkResult, meter: processes.Meter) -> F
         "p99_ms": result.p99_ms,
         "errors": dict(result.errors),
         "cpu_us": {"data_path": sum(path), "all": sum(micros.values()), "by_role": micros},
+        "wrk_cpu_us": meter.load * 1e6 / result.requests,
         "others_cpu": meter.others,
     }
 
@@ -186,7 +187,17 @@ def _table(
     rounds: Mapping[str, Sequence[Mapping[int, Figures]]],
     connections: Sequence[int],
 ) -> str:
-    head = ["system", "c", "rps", "rps spread", "p50 ms", "p99 ms", "CPU µs path", "CPU µs all"]
+    head = [
+        "system",
+        "c",
+        "rps",
+        "rps spread",
+        "p50 ms",
+        "p99 ms",
+        "CPU µs path",
+        "CPU µs all",
+        "wrk µs",
+    ]
     rows = []
     for name, by_connections in summary.items():
         for c in connections:
@@ -202,6 +213,7 @@ def _table(
                     results.number(figures["p99_ms"]),
                     results.number(figures["cpu_us"]["data_path"]),
                     results.number(figures["cpu_us"]["all"]),
+                    results.number(figures["wrk_cpu_us"]),
                 ]
             )
     return results.table(head, rows)

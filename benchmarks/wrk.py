@@ -44,8 +44,8 @@ class WrkResult:
 def run(load: Load, *, connections: int, seconds: float) -> WrkResult:
     """Send `load` for `seconds`. Raises `BenchmarkError` where wrk is absent or fails.
 
-    One wrk thread: it is not what limits any system here, and a second one would take a core from
-    the system that is measured.
+    One wrk thread: a second one would take a core from the system that is measured. Whether wrk is
+    what limits a figure can be seen in its own CPU time, which the results state.
     """
     wrk = shutil.which("wrk")
     if wrk is None:

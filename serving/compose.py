@@ -262,6 +262,14 @@ def deploy(config: ServingConfig, *, embedded: bool) -> None:
         raise ClusterError(f"cannot deploy: {_first_line(error)}") from error
 
 
+def log_dir() -> Path:
+    """Where the processes of the connected Ray write their logs, on this machine."""
+    import ray
+
+    session = ray.get_runtime_context().get_session_name()
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / session / "logs"
+
+
 def run_dir(home: Path) -> Path:
     """A directory for unix sockets, one per home and user.
 

@@ -176,7 +176,8 @@ def configure_logging(stream: TextIO | None = None) -> None:
 
     Other libraries' loggers are left as they are. Calling it again replaces the handler.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    # Not sys.stderr: in a replica, Serve has put a logger of its own there, which drops ours.
+    handler = logging.StreamHandler(stream or sys.__stderr__ or sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     as_json = os.environ.get("SERVING_LOG", "plain") == "json"
     handler.setFormatter(JsonFormatter() if as_json else plain)

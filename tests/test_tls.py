@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import select
 import socket
 import ssl
 import stat
@@ -24,6 +25,7 @@ from serving.replica.engine import Engine, rules_for
 from serving.replica.server import ReplicaServer, TlsListener
 from tests.replica import models
 from tests.replica.client import Client
+from tests.replica.conftest import wait_until
 
 Identity = tuple[bytes, bytes, bytes]
 
@@ -124,6 +126,22 @@ def test_tls_1_2_is_refused(server: ReplicaServer, ours: Path) -> None:
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
         connect(server, context)
+
+
+def test_strangers_cannot_take_all_threads(server: ReplicaServer, ours: Path) -> None:
+    host, port = str(server.tcp_address).rsplit(":", 1)
+    with contextlib.ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(200)
+        ]
+        # Those beyond the limit are closed at once, before the handshake's timeout.
+        closed = select.select(silent, [], [], 5)[0]
+        assert closed
+        # Members on the node are served all the while.
+        with Client.unix(server.unix_path) as client:
+            assert len(client.infer(np.ones((1, 4), np.float32))[0]) == 1
+        wait_until(lambda: len(select.select(silent, [], [], 0)[0]) == 200 - 64, "64 remain")
+    still_serves(server, ours)
 
 
 def test_a_leaf_certificate_cannot_sign_others(server: ReplicaServer, ours: Path) -> None:

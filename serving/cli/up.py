@@ -66,6 +66,7 @@ def _foreground(config: ServingConfig, timeout_s: float) -> None:
             view.say("starting Ray")
             compose.start_ray(config)
             signals.install()  # Ray has put its own in place
+            view.say(f"logs in {compose.log_dir()}")
             view.say("starting controller and gateway")
             compose.deploy(config, embedded=True)
             _until_ready(config, view, time.monotonic() + timeout_s)

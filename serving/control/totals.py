@@ -213,7 +213,7 @@ class Totals:
         self._base = base
         for instance in instances:
             del self._rows[instance]
-            del self._saved[instance]
+            self._saved.pop(instance, None)
             self._heard.pop(instance, None)
 
 

@@ -16,41 +16,46 @@ overload is answered at once instead of by a time-out.
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from collections.abc import Hashable, Iterator
 from typing import Final, Generic, Protocol, TypeVar
 
 DEFAULT_PRIORITY: Final = 5
 LOWEST_PRIORITY: Final = 9
+_SPARE_HEADS: Final = 16
 
 
 class Item(Protocol):
-    """What a queue needs to know of a request."""
+    """What a queue needs to know of a request. It is told apart by identity."""
 
     rows: int
     key: Hashable
     level: int
-    done: bool
 
 
 T = TypeVar("T", bound=Item)
 
 
 class _Lane(Generic[T]):
-    __slots__ = ("items", "key", "level", "rows")
+    """Requests of one priority and shape, each with its place in the order of arrival."""
 
-    def __init__(self, level: int, key: Hashable) -> None:
-        self.level = level
-        self.key = key
-        self.items: deque[tuple[int, T]] = deque()
+    __slots__ = ("id", "items", "rows")
+
+    def __init__(self, lane_id: tuple[int, Hashable]) -> None:
+        self.id = lane_id
+        self.items: dict[T, int] = {}
         self.rows = 0
+
+    @property
+    def head(self) -> int:
+        """The place of the oldest request."""
+        return next(iter(self.items.values()))
 
 
 class RequestQueue(Generic[T]):
     """Requests waiting for a replica.
 
-    An item that is answered or cancelled while it waits sets its `done` flag and calls `forget`; it
-    is skipped when its turn comes.
+    An item that is answered or cancelled while it waits is taken out by `forget`: what it holds is
+    free at once, however long those before it wait.
     """
 
     __slots__ = ("_again", "_heads", "_lanes", "_order", "rows")
@@ -59,8 +64,10 @@ class RequestQueue(Generic[T]):
         self.rows = 0
         self._order = 0
         self._lanes: dict[tuple[int, Hashable], _Lane[T]] = {}
+        # An entry a lane, and some of lanes that are no more: (level, place of its head when it was
+        # entered, lane).
         self._heads: list[tuple[int, int, _Lane[T]]] = []
-        self._again: deque[T] = deque()
+        self._again: dict[T, None] = {}
 
     def push(self, item: T) -> None:
         """Append a request to its lane."""
@@ -68,73 +75,88 @@ class RequestQueue(Generic[T]):
         lane_id = (item.level, item.key)
         lane = self._lanes.get(lane_id)
         if lane is None:
-            lane = self._lanes[lane_id] = _Lane(item.level, item.key)
+            lane = self._lanes[lane_id] = _Lane(lane_id)
             heapq.heappush(self._heads, (item.level, self._order, lane))
-        lane.items.append((self._order, item))
+        lane.items[item] = self._order
         lane.rows += item.rows
         self.rows += item.rows
 
     def push_again(self, item: T) -> None:
-        """Put back a request whose replica was lost: it leaves first, and alone."""
-        self._again.append(item)
+        """Put back a request that was sent in vain: it leaves first, and alone."""
+        self._again[item] = None
         self.rows += item.rows
 
-    def forget(self, item: T) -> None:
-        """Take a waiting item's rows out of the count, its `done` flag being set."""
-        self.rows -= item.rows
-        lane = self._lanes.get((item.level, item.key))
-        if lane is not None and item not in self._again:
-            lane.rows -= item.rows
+    @property
+    def again(self) -> T | None:
+        """The request that leaves next because it was put back, if there is one."""
+        return next(iter(self._again), None)
 
-    def ripe(self, max_rows: int) -> bool:
+    def forget(self, item: T) -> None:
+        """Take an item out, if it waits."""
+        if item in self._again:
+            del self._again[item]
+            self.rows -= item.rows
+            return
+        lane = self._lanes.get((item.level, item.key))
+        if lane is None or lane.items.pop(item, None) is None:
+            return
+        lane.rows -= item.rows
+        self.rows -= item.rows
+        if not lane.items:
+            del self._lanes[lane.id]
+            if len(self._heads) > 2 * len(self._lanes) + _SPARE_HEADS:
+                self._heads = [entry for entry in self._heads if entry[2].items]
+                heapq.heapify(self._heads)
+
+    def ripe(self, max_rows: int, max_items: int) -> bool:
         """Whether some lane could fill a batch, or a request is to be sent again."""
-        return bool(self._again) or any(x.rows >= max_rows for x in self._lanes.values())
+        return bool(self._again) or any(
+            lane.rows >= max_rows or len(lane.items) >= max_items for lane in self._lanes.values()
+        )
 
     def take(self, max_rows: int, max_items: int) -> list[T]:
-        """Remove and return the next batch: at most `max_rows` rows and `max_items` requests."""
-        while self._again:
-            item = self._again.popleft()
-            if not item.done:
-                self.rows -= item.rows
-                return [item]
+        """Remove and return the next batch: at most `max_rows` rows and `max_items` requests.
+
+        A request that alone has more rows than that leaves alone. Empty when nothing waits.
+        """
+        if (again := self.again) is not None:
+            self.forget(again)
+            return [again]
         while self._heads:
-            _, _, lane = heapq.heappop(self._heads)
+            level, place, lane = heapq.heappop(self._heads)
+            if not lane.items:
+                continue
+            if lane.head != place:
+                # Its head was forgotten; the next one is younger than other lanes' perhaps.
+                heapq.heappush(self._heads, (level, lane.head, lane))
+                continue
             batch = self._take_lane(lane, max_rows, max_items)
             if lane.items:
-                heapq.heappush(self._heads, (lane.level, lane.items[0][0], lane))
+                heapq.heappush(self._heads, (level, lane.head, lane))
             else:
-                del self._lanes[(lane.level, lane.key)]
-            if batch:
-                return batch
+                del self._lanes[lane.id]
+            return batch
         return []
 
     def _take_lane(self, lane: _Lane[T], max_rows: int, max_items: int) -> list[T]:
         batch: list[T] = []
         rows = 0
-        items = lane.items
-        while items and len(batch) < max_items:
-            item = items[0][1]
-            if item.done:
-                items.popleft()
-                continue
-            if batch and rows + item.rows > max_rows:
+        for item in lane.items:
+            if batch and (rows + item.rows > max_rows or len(batch) >= max_items):
                 break
-            items.popleft()
             rows += item.rows
             batch.append(item)
+        for item in batch:
+            del lane.items[item]
         lane.rows -= rows
         self.rows -= rows
         return batch
 
     def __iter__(self) -> Iterator[T]:
-        """Waiting items in no particular order, without the done ones."""
-        for item in self._again:
-            if not item.done:
-                yield item
+        """Waiting items in no particular order."""
+        yield from self._again
         for lane in self._lanes.values():
-            for _, item in lane.items:
-                if not item.done:
-                    yield item
+            yield from lane.items
 
     def __bool__(self) -> bool:
         return self.rows > 0

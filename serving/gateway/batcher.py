@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Final
 
 from serving.core.batching import RequestQueue, ServiceModel
 from serving.core.frames import TensorEntry
-from serving.core.inference import Limits, OutputTensor
+from serving.core.inference import Limits
 from serving.core.protocol import InferCodec
 from serving.core.routing import Arm, Endpoint
-from serving.core.types import DATATYPES, Batch
-from serving.errors import ModelFailed, Overloaded, ServingError, Unavailable
-from serving.gateway.infer import Call, Timing, monotonic
+from serving.core.types import Batch
+from serving.errors import DeadlineExceeded, ModelFailed, Overloaded, ServingError, Unavailable
+from serving.gateway.infer import TICK_S, Call, Timing, monotonic
 from serving.gateway.links import ReplicaLink
 from serving.gateway.recorder import ArmRecorder
+from serving.gateway.split import split_outputs
 
 log = logging.getLogger(__name__)
 
 MAX_SENDS: Final = 2
-_LENGTH: Final = struct.Struct("<I")
 
 
 class ArmBatcher:
@@ -39,21 +38,22 @@ class ArmBatcher:
     ) -> None:
         self.arm = arm
         self.recorder = recorder
-        self.links: dict[str, ReplicaLink[list[Call]]] = {}
+        self.links: dict[Endpoint, ReplicaLink[list[Call]]] = {}
         self._loop = loop
         self._limits = limits
         self._queue: RequestQueue[Call] = RequestQueue()
         self._service = ServiceModel()
         self._scheduled = False
         self._delay: asyncio.TimerHandle | None = None
+        self._hold: asyncio.TimerHandle | None = None
         self._retired = False
+        self._closed = False
         self._turn = 0
-        self._byte_outputs = [t.datatype == "BYTES" for t in arm.signature.outputs]
         self._batched = arm.signature.batch is not Batch.NONE
         self.configure(arm)
         # Until its first replica is connected a new version is like one that lost its last.
         self._down_since: float | None = None
-        self._went_down()
+        self._check_ready()
 
     def configure(self, arm: Arm) -> None:
         """Take over the settings of a new route table; version and digest stay."""
@@ -71,8 +71,8 @@ class ArmBatcher:
 
     @property
     def ready(self) -> bool:
-        """Whether a replica is connected."""
-        return any(link.up for link in self.links.values())
+        """Whether a replica can take batches."""
+        return self._down_since is None
 
     @property
     def replicas_connected(self) -> int:
@@ -99,7 +99,7 @@ class ArmBatcher:
     def admit(self, call: Call) -> None:
         """Queue a call. Raises `Overloaded` or `Unavailable` instead of letting it wait in vain."""
         queue = self._queue
-        if queue.rows or not self.ready:
+        if queue.rows or self._down_since is not None:
             try:
                 self._check_room(call)
             except ServingError as error:
@@ -107,24 +107,21 @@ class ArmBatcher:
                 self.recorder.refused(error.slug, monotonic() - call.arrival)
                 raise
         queue.push(call)
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._pump)
+        self._schedule()
 
     def _check_room(self, call: Call) -> None:
         arm = self.arm
-        up = self.replicas_connected
-        if not up:
-            down_since = self._down_since
-            if down_since is None or monotonic() - down_since >= arm.queue_hold_s:
-                raise self._unavailable()
+        down_since = self._down_since
+        if down_since is not None and monotonic() - down_since >= arm.queue_hold_s:
+            raise self._unavailable()
         if self._queue.rows + call.rows > arm.queue_max_rows:
             raise Overloaded(
                 f"model {arm.model!r} version {arm.version}: {self._queue.rows} rows are waiting, "
                 f"at most {arm.queue_max_rows} may",
                 retry_after_s=1.0,
             )
-        wait = self._service.drain(self._queue.rows, self._max_rows) / max(1, up)
+        wait = self._service.drain(self._queue.rows, self._max_rows)
+        wait /= max(1, self.replicas_connected)
         allowed = min(arm.queue_max_wait_s, call.deadline - monotonic())
         if wait > allowed:
             raise Overloaded(
@@ -140,32 +137,36 @@ class ArmBatcher:
         )
 
     def forget(self, call: Call) -> None:
-        """Take a call that is done out of the queue's count, if it waits there."""
+        """Take a call that is done out of the queue, if it waits there."""
         if not call.sent:
             self._queue.forget(call)
+            self._close_if_settled()
 
     # Dispatch.
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
         self._scheduled = False
         queue = self._queue
-        while queue and (link := self._free_link()) is not None:
-            if self.arm.max_delay_s and not self._due():
-                return
-            batch = queue.take(self._max_rows, self._max_items)
-            if batch:
-                self._send(link, batch)
-        if self._retired and not queue:
-            for link in self.links.values():
-                link.drain()
+        while queue:
+            again = queue.again
+            link = self._free_link(alone=again is not None and again.suspect)
+            if link is None or (self.arm.max_delay_s and not self._due()):
+                break
+            self._send(link, queue.take(self._max_rows, self._max_items))
+        self._close_if_settled()
 
     def _due(self) -> bool:
         """Whether a batch may leave under `max_delay`; if not, wake up when it may."""
-        if self._queue.ripe(self._max_rows):
+        if self._queue.ripe(self._max_rows, self._max_items):
             return True
         oldest = min((c.arrival for c in self._queue), default=0.0)
         wait = oldest + self.arm.max_delay_s - monotonic()
-        if wait <= 0.001:
+        if wait <= TICK_S:
             return True
         if self._delay is None:
             self._delay = self._loop.call_later(wait, self._wake)
@@ -175,15 +176,18 @@ class ArmBatcher:
         self._delay = None
         self._pump()
 
-    def _free_link(self) -> ReplicaLink[list[Call]] | None:
-        """The connected replica with the fewest batches in flight, in turn among equals."""
+    def _free_link(self, alone: bool) -> ReplicaLink[list[Call]] | None:
+        """The connected replica with the fewest batches in flight, in turn among equals.
+
+        With `alone`, one that has none, and will get no other until it has answered.
+        """
         best = None
         least = 1 << 30
         links = list(self.links.values())
         self._turn += 1
         start = self._turn % len(links) if links else 0
         for link in links[start:] + links[:start]:
-            if link.idle and link.up and not link.draining and link.in_flight < least:
+            if link.can_take(alone) and link.in_flight < least:
                 best, least = link, link.in_flight
         return best
 
@@ -205,7 +209,8 @@ class ArmBatcher:
                 shape = (rows, *shape[1:])
             nbytes = sum(len(piece) for piece in pieces)
             tensors.append((TensorEntry(i, spec.datatype, shape, nbytes), pieces))
-        link.send(batch, rows, max(1, int((deadline - now) * 1e6)), tensors)
+        budget_us = max(1, int((deadline - now) * 1e6))
+        link.send(batch, rows, budget_us, tensors, alone=batch[0].suspect)
 
     # Links.
 
@@ -215,62 +220,96 @@ class ArmBatcher:
         make_link: Callable[[ArmBatcher, Endpoint], ReplicaLink[list[Call]]],
     ) -> None:
         """Make the links match the route table: new ones connect, missing ones drain."""
-        wanted = {e.replica: e for e in endpoints}
-        for replica, endpoint in wanted.items():
-            if replica not in self.links:
-                self.links[replica] = make_link(self, endpoint)
-                self.links[replica].start()
-            self.links[replica].draining = False
-        for replica in self.links.keys() - wanted.keys():
-            self.links[replica].drain()
+        for endpoint in endpoints:
+            if link := self.links.get(endpoint):
+                link.undrain()
+            else:
+                self.links[endpoint] = make_link(self, endpoint)
+                self.links[endpoint].start()
+        for endpoint in self.links.keys() - set(endpoints):
+            self.links[endpoint].drain()
+        self._check_ready()
+        self._schedule()
 
     def retire(self) -> None:
         """Take no new requests, finish the ones there are, then let the links go."""
         self._retired = True
-        self._pump()
+        self._close_if_settled()
+
+    @property
+    def closed(self) -> bool:
+        """Whether this version has left for good."""
+        return self._closed
+
+    def close(self) -> list[asyncio.Task[None]]:
+        """Drop the links, and stop every timer. Returns what has yet to notice its cancellation."""
+        self._closed = True
+        for timer in (self._delay, self._hold):
+            if timer is not None:
+                timer.cancel()
+        links, self.links = self.links, {}
+        return [task for link in links.values() if (task := link.close()) is not None]
+
+    def _close_if_settled(self) -> None:
+        if self._retired and not self._closed and not self._queue and not self.in_flight:
+            self.close()
 
     def link_closed(self, link: ReplicaLink[list[Call]]) -> None:
         """A drained link is gone for good."""
-        self.links.pop(link.endpoint.replica, None)
+        self.links.pop(link.endpoint, None)
 
     def link_up(self, link: ReplicaLink[list[Call]]) -> None:
         """A replica can take batches."""
-        self._down_since = None
+        self._check_ready()
         self._pump()
 
     def link_down(self, link: ReplicaLink[list[Call]], lost: list[list[Call]]) -> None:
-        """A replica is gone: send its requests elsewhere, once, each alone."""
-        if not self.ready:
-            self._went_down()
+        """A replica is gone: send its requests elsewhere, once.
+
+        Any of them may be what killed it. So each is sent alone, to a replica that has nothing else
+        to do: the one that kills that one too takes no other request with it.
+        """
+        self._check_ready()
         for call in chain.from_iterable(lost):
             if call.done:
                 continue
-            if call.attempts >= MAX_SENDS:
-                call.fail(
-                    Unavailable(
-                        f"model {self.arm.model!r} version {self.arm.version}: the replica was "
-                        f"lost during the run, {MAX_SENDS} times in a row",
-                        retry_after_s=1.0,
-                    )
-                )
-            else:
+            if call.attempts < MAX_SENDS:
                 call.sent = 0.0
+                call.suspect = True
                 self._queue.push_again(call)
+                continue
+            call.fail(
+                Unavailable(
+                    f"model {self.arm.model!r} version {self.arm.version}: the replica was "
+                    f"lost during the run, {MAX_SENDS} times in a row",
+                    retry_after_s=1.0,
+                )
+            )
         self._pump()
 
-    def _went_down(self) -> None:
-        if self._down_since is None:
+    def _check_ready(self) -> None:
+        """Note since when there is no replica, or that there is one."""
+        if self._closed:
+            return
+        if any(link.up for link in self.links.values()):
+            self._down_since = None
+        elif self._down_since is None:
             self._down_since = monotonic()
-            self._loop.call_later(self.arm.queue_hold_s, self._give_up_waiting)
+            if self._hold is None:
+                self._hold = self._loop.call_later(self.arm.queue_hold_s, self._give_up_waiting)
 
     def _give_up_waiting(self) -> None:
+        self._hold = None
         if self._down_since is None:
             return
-        if monotonic() - self._down_since < self.arm.queue_hold_s - 0.001:
+        left = self._down_since + self.arm.queue_hold_s - monotonic()
+        if left > TICK_S:
+            self._hold = self._loop.call_later(left, self._give_up_waiting)
             return
         for call in list(self._queue):
-            call.fail(self._unavailable())
             self._queue.forget(call)
+            call.fail(self._unavailable())
+        self._close_if_settled()
 
     # Answers.
 
@@ -288,9 +327,12 @@ class ArmBatcher:
         self.recorder.batch_size.add(run_rows)
         if self._queue:
             self._pump()
+        counts = [call.rows for call in batch]
         try:
-            parts = self._split(batch, rows, entries, tensors)
-        except (ModelFailed, struct.error, IndexError) as error:
+            parts = split_outputs(
+                self.arm.signature.outputs, self._batched, counts, rows, entries, tensors
+            )
+        except ModelFailed as error:
             self.batch_failed(batch, ModelFailed.slug, str(error))
             return
         for call, outputs in zip(batch, parts, strict=True):
@@ -312,11 +354,13 @@ class ArmBatcher:
                 call.fail(ServingError("internal error while the answer was written"))
             else:
                 self.recorder.answered(finished - call.arrival, queue, compute)
+        self._close_if_settled()
 
     def batch_failed(self, batch: list[Call], slug: str, message: str) -> None:
         """Tell the caller; of several, run each again alone, so that only the guilty one fails."""
         error = _error(slug, f"model {self.arm.model!r} version {self.arm.version}: {message}")
-        again = len(batch) > 1 and slug == ModelFailed.slug
+        # Whatever the model said of the batch, it may hold for one of its requests only.
+        again = len(batch) > 1 and slug != DeadlineExceeded.slug
         for call in batch:
             if call.done:
                 continue
@@ -326,58 +370,6 @@ class ArmBatcher:
             else:
                 call.fail(error)
         self._pump()
-
-    def _split(
-        self,
-        batch: list[Call],
-        rows: int,
-        entries: Sequence[TensorEntry],
-        tensors: Sequence[memoryview],
-    ) -> list[list[OutputTensor]]:
-        """Each call's slice of every output. Raises `ModelFailed` where the rows do not add up."""
-        expected = sum(call.rows for call in batch)
-        specs = self.arm.signature.outputs
-        if [e.index for e in entries] != list(range(len(specs))):
-            raise ModelFailed(f"{len(entries)} outputs came back, expected {len(specs)}")
-        parts: list[list[OutputTensor]] = [[] for _ in batch]
-        for entry, data in zip(entries, tensors, strict=True):
-            if not self._batched or len(batch) == 1:
-                parts[0].append(OutputTensor(entry.index, entry.shape, data))
-                continue
-            if rows != expected or not entry.shape or entry.shape[0] != rows:
-                raise ModelFailed(
-                    f"output {specs[entry.index].name!r} has shape {list(entry.shape)} "
-                    f"for a batch of {expected} rows"
-                )
-            tail = entry.shape[1:]
-            at = 0
-            if self._byte_outputs[entry.index]:
-                width = _product(tail)
-                for part, call in zip(parts, batch, strict=True):
-                    end = _skip_elements(data, at, call.rows * width)
-                    part.append(OutputTensor(entry.index, (call.rows, *tail), data[at:end]))
-                    at = end
-                continue
-            step = DATATYPES[entry.datatype].itemsize * _product(tail)
-            for part, call in zip(parts, batch, strict=True):
-                end = at + step * call.rows
-                part.append(OutputTensor(entry.index, (call.rows, *tail), data[at:end]))
-                at = end
-        return parts
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for dim in shape:
-        product *= dim
-    return product
-
-
-def _skip_elements(data: memoryview, at: int, count: int) -> int:
-    """The offset behind `count` BYTES elements. Raises `struct.error` past the end."""
-    for _ in range(count):
-        at += 4 + int(_LENGTH.unpack_from(data, at)[0])
-    return at
 
 
 _ERRORS: Final = {cls.slug: cls for cls in ServingError.__subclasses__()}

@@ -7,21 +7,17 @@ at most one is being answered at a time, later ones wait in `pipeline` in their 
 `Exchange` stands in for uvicorn's `RequestResponseCycle` where that class only looks at
 `response_complete`, `disconnected` and `keep_alive`; the uvicorn version is pinned for it.
 
-Bounds, all enforced while reading: head bytes, body bytes, time to receive a request, time an idle
-connection is kept, time a client may take to accept its reply. A client that does not read its
-replies is not read from either, so it holds the memory of one reply.
+Bounds, all enforced while reading: bytes of the head and of trailers, body bytes, time to receive a
+request, time an idle connection is kept, time a client may take to accept its reply. A client that
+does not read its replies, or sends more requests than are being answered, is not read from either:
+it holds the memory of one reply and of what one read brought.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-import urllib.parse
-from collections.abc import Callable
-from dataclasses import dataclass
-from email.utils import formatdate
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import httptools
 from typing_extensions import override
@@ -29,79 +25,26 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from serving.errors import HeadersTooLarge, InvalidRequest, PayloadTooLarge, RequestTimeout
+from serving.errors import (
+    HeadersTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    PayloadTooLarge,
+    RequestTimeout,
+)
 from serving.gateway.exchange import Exchange
-from serving.gateway.infer import Pipeline, monotonic
-from serving.gateway.routes import Routes
+from serving.gateway.infer import monotonic
+from serving.gateway.targets import normal_path, origin_form
+
+if TYPE_CHECKING:
+    from serving.gateway.front import HttpFront
 
 log = logging.getLogger(__name__)
 
 _PREFIX: Final = b"/v2/models/"
 _SUFFIX: Final = b"/infer"
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-SWEEP_S: Final = 0.5
 LINGER_S: Final = 2.0
-
-
-@dataclass(slots=True)
-class HttpLimits:
-    """Bounds on one connection. Bytes and seconds."""
-
-    max_body_bytes: int
-    max_header_bytes: int
-    keep_alive_s: float
-    read_timeout_s: float
-    write_timeout_s: float
-
-
-class HttpFront:
-    """What all connections of a gateway share."""
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        routes: Routes,
-        limits: HttpLimits,
-        loop: asyncio.AbstractEventLoop,
-        request_id_prefix: str,
-    ) -> None:
-        self.pipeline = pipeline
-        self.routes = routes
-        self.limits = limits
-        self.loop = loop
-        self.connections: set[HttpConnection] = set()
-        self.unrouted: dict[str, int] = {}
-        self.clock = monotonic()
-        self.date = b""
-        self._request_id_prefix = request_id_prefix
-        self._request_number = 0
-        self._sweeper: asyncio.TimerHandle | None = None
-
-    def protocol(self) -> Callable[..., HttpConnection]:
-        """For uvicorn's `http=` setting."""
-        return functools.partial(HttpConnection, self)
-
-    def next_request_id(self) -> str:
-        """An id for a request that brought none, unique across gateways."""
-        self._request_number += 1
-        return f"{self._request_id_prefix}{self._request_number:x}"
-
-    def count_unrouted(self, slug: str) -> None:
-        """Count an inference request that reached no model."""
-        self.unrouted[slug] = self.unrouted.get(slug, 0) + 1
-
-    def sweep(self) -> None:
-        """Enforce the time bounds, twice a second: a timer a request would cost more."""
-        self.clock = monotonic()
-        self.date = b"date: " + formatdate(usegmt=True).encode() + b"\r\n"
-        for connection in list(self.connections):
-            connection.enforce_time_bounds(self.clock)
-        self._sweeper = self.loop.call_later(SWEEP_S, self.sweep)
-
-    def close(self) -> None:
-        """Stop sweeping."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
 
 
 class HttpConnection(HttpToolsProtocol):
@@ -117,19 +60,23 @@ class HttpConnection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.front = front
-        # The exchange whose message is being received; None while it is one for Starlette.
-        self.exchange: Exchange | None = None
-        # What is being answered now.
+        # The request whose body is being received, and the one that is being answered.
+        self.incoming: Exchange | RequestResponseCycle | None = None
         self.active: Exchange | RequestResponseCycle | None = None
+        self._advancing = False
         self._receiving = False
         self._in_head = True
-        self._head_bytes = 0
+        # Bytes since a head was complete or a piece of a body came: a head, trailers.
+        self._loose_bytes = 0
         self._body_bytes = 0
+        self._upgrading = False
+        # Nothing more is parsed.
         self._dead = False
         self._eof = False
-        self._lingering_since = 0.0
         self._since = front.clock
         self._blocked_since = 0.0
+        self._lingering = False
+        self._ending_since = 0.0
 
     # Transport events.
 
@@ -143,40 +90,67 @@ class HttpConnection(HttpToolsProtocol):
         self.front.connections.discard(self)
         self.connections.discard(self)
         waiting = [cycle for cycle, _ in self.pipeline]
-        for cycle in [self.active, self.exchange, self.cycle, *waiting]:
+        for cycle in [self.active, self.incoming, self.cycle, *waiting]:
             if isinstance(cycle, Exchange):
                 cycle.disconnect()
             elif cycle is not None:
                 cycle.disconnected = not cycle.response_complete
                 cycle.message_event.set()
         self.pipeline.clear()
-        self.active = self.exchange = None
         self._dead = True
         self.flow.resume_writing()
+        # Parser and exchange refer back to the connection; request bodies hang on them.
+        self.active = self.incoming = None
+        self.cycle = self.parser = None  # type: ignore[assignment]
 
     @override
     def data_received(self, data: bytes) -> None:
         if self._dead:
             return
-        if self._in_head:
-            self._head_bytes += len(data)
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # No protocol switch is offered; the request was served as plain HTTP and the rest of
-            # the stream is whatever the client hoped for.
-            self._dead = True
-        except httptools.HttpParserError as error:
-            if not self._dead:
-                self.refuse(InvalidRequest(f"malformed HTTP: {error}"))
-        if self._in_head and self._head_bytes > self.front.limits.max_header_bytes:
-            self._refuse_head()
+        self._loose_bytes += len(data)
+        self._parse([data])
+        limit = self.front.limits.max_header_bytes
+        if self._loose_bytes > limit and not self._dead:
+            what = "head" if self._in_head else "chunk framing or trailers"
+            self.refuse(HeadersTooLarge(f"the request's {what} exceeds {limit} bytes"))
+
+    def _parse(self, pieces: list[bytes | memoryview]) -> None:
+        while pieces and not self._dead:
+            data = pieces.pop()
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                pieces.append(memoryview(data)[upgrade.args[0] :])
+                self._decline_upgrade(pieces)
+            except httptools.HttpParserCallbackError as error:
+                log.error("a request could not be handled", exc_info=error.__context__)
+                self._dead = True
+                self.transport.abort()
+            except httptools.HttpParserError as error:
+                if not self._dead:
+                    self.refuse(InvalidRequest(f"malformed HTTP: {error}"))
+
+    def _decline_upgrade(self, pieces: list[bytes | memoryview]) -> None:
+        """Serve the request in HTTP/1.1: no upgrade is offered, so its header has no meaning.
+
+        RFC 9110 §7.8. The parser takes what follows such a head for the other protocol; so it is
+        given the head again, without that header, before the rest.
+        """
+        self._upgrading = False
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.refuse(MethodNotAllowed("this server is no proxy: CONNECT is not allowed"))
+            return
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b\r\n" % (method, self.url, version)]
+        lines += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        pieces.append(b"".join([*lines, b"\r\n"]))
 
     @override
     def eof_received(self) -> bool:  # type: ignore[override]
         """Answer what was asked before the client closed its half, then close ours."""
         self._eof = True
-        if self._receiving and self.active in (None, self.cycle):
+        if self._lingering or (self._receiving and self.active is self.incoming):
             return False
         return self.active is not None or bool(self.pipeline)
 
@@ -190,7 +164,9 @@ class HttpConnection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self.flow.resume_writing()
         if self.active is None:
-            self._next()
+            self._advance()
+        elif not self.pipeline:
+            self.flow.resume_reading()
 
     # Parser events.
 
@@ -199,7 +175,7 @@ class HttpConnection(HttpToolsProtocol):
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
-        self.exchange = None
+        self.incoming = None
         self._receiving = True
         self._in_head = True
         self._body_bytes = 0
@@ -207,41 +183,41 @@ class HttpConnection(HttpToolsProtocol):
 
     @override
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
+        if self._in_head:  # and not a trailer
+            self.headers.append((name.lower(), value))
 
     @override
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._head_bytes = 0
+        self._loose_bytes = 0
         if self._dead:
+            return
+        parser = self.parser
+        if parser.should_upgrade():
+            self._upgrading = True
             return
         size = len(self.url)
         for name, value in self.headers:
             size += len(name) + len(value)
-        if size > self.front.limits.max_header_bytes:
-            self._refuse_head()
+        limit = self.front.limits.max_header_bytes
+        if size > limit:
+            self.refuse(HeadersTooLarge(f"the request's head exceeds {limit} bytes"))
             return
         path = self.url.partition(b"?")[0]
-        if (
-            path.startswith(_PREFIX)
-            and path.endswith(_SUFFIX)
-            and self.parser.get_method() == b"POST"
-        ):
-            self._begin_exchange(path)
-            return
-        for name, value in self.headers:
-            if name == b"expect" and value.lower() == b"100-continue":
-                self.expect_100_continue = True
+        if parser.get_method() == b"POST":
+            if b"%" in path or path[:1] != b"/":
+                path = normal_path(path)
+            if path.startswith(_PREFIX) and path.endswith(_SUFFIX):
+                self._begin_exchange(path)
+                return
         self._begin_asgi()
 
     def _begin_exchange(self, path: bytes) -> None:
-        if b"%" in path:
-            path = urllib.parse.unquote_to_bytes(path)
-        keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
-        exchange = Exchange(self, path, keep_alive)
-        self.exchange = exchange
+        modern = self.parser.get_http_version() == "1.1"
+        exchange = Exchange(self, path, modern and self.parser.should_keep_alive())
+        self.incoming = exchange
         self.cycle = exchange  # type: ignore[assignment]
-        exchange.read_headers(self.headers)
+        exchange.read_headers(self.headers, modern)
         if exchange.content_length > self.front.limits.max_body_bytes:
             self._refuse_body()
             return
@@ -250,6 +226,8 @@ class HttpConnection(HttpToolsProtocol):
         self._start_or_queue(exchange)
 
     def _begin_asgi(self) -> None:
+        if self.url[:1] != b"/":
+            self.url = origin_form(self.url)
         self.scope = {
             "type": "http",
             "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
@@ -261,8 +239,18 @@ class HttpConnection(HttpToolsProtocol):
             "headers": self.headers,
             "state": self.app_state.copy(),
         }
+        size = 0
+        for name, value in self.headers:
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = self.parser.get_http_version() != "1.0"
+            elif name == b"content-length":
+                size = int(value)
+        if size > self.front.limits.max_body_bytes:
+            self._refuse_body()
+            return
         try:
             super().on_headers_complete()
+            self.incoming = self.cycle
         except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
             self.refuse(InvalidRequest("malformed HTTP: the request target is not a valid URL"))
 
@@ -270,11 +258,12 @@ class HttpConnection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         if self._dead:
             return
+        self._loose_bytes = 0
         self._body_bytes += len(body)
         if self._body_bytes > self.front.limits.max_body_bytes:
             self._refuse_body()
-        elif self.exchange is not None:
-            self.exchange.chunks.append(body)
+        elif isinstance(self.incoming, Exchange):
+            self.incoming.add(body)
         else:
             super().on_body(body)
 
@@ -282,16 +271,15 @@ class HttpConnection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._receiving = False
         self._in_head = True
-        if self._dead:
+        if self._dead or self._upgrading:
             return
-        exchange = self.exchange
-        if exchange is None:
+        request, self.incoming = self.incoming, None
+        if not isinstance(request, Exchange):
             super().on_message_complete()
             return
-        self.exchange = None
-        exchange.received = True
-        if exchange is self.active:
-            exchange.run()
+        request.received = True
+        if request is self.active:
+            request.run()
 
     # Turns.
 
@@ -315,86 +303,102 @@ class HttpConnection(HttpToolsProtocol):
         self.server_state.total_requests += 1
         self.active = None
         self._since = self.front.clock
-        if not self.transport.is_closing():
-            self._next()
+        self._advance()
 
     def exchange_complete(self, exchange: Exchange) -> None:
         """An exchange has written its reply."""
         if not exchange.keep_alive:
-            self._linger()
+            self._end()
         self.on_response_complete()
 
-    def _next(self) -> None:
-        if self.flow.write_paused or self._lingering_since:
+    def _advance(self) -> None:
+        """Begin to answer the next request. Many may be answered at once, so no recursion."""
+        if self._advancing:
             return
+        self._advancing = True
+        try:
+            while self.active is None and self._may_answer():
+                cycle, app = self.pipeline.pop()
+                if isinstance(cycle, Exchange):
+                    self._take_turn(cycle)
+                else:
+                    self._start_asgi_task(cycle, app)
+        finally:
+            self._advancing = False
+
+    def _may_answer(self) -> bool:
+        """Whether a request waits and may be answered now; if none waits, read on or close."""
+        if self.flow.write_paused or self._lingering or self.transport.is_closing():
+            return False
         if not self.pipeline:
-            if self._eof or self._dead:
+            if self._eof:
                 self.transport.close()
             else:
                 self.flow.resume_reading()
-            return
-        cycle, app = self.pipeline.pop()
-        if not isinstance(cycle, Exchange):
-            self._start_asgi_task(cycle, app)
-            return
-        self.active = cycle
-        if cycle.received:
-            cycle.run()
+        return bool(self.pipeline)
+
+    def _take_turn(self, exchange: Exchange) -> None:
+        self.active = exchange
+        if exchange.received:
+            exchange.run()
         elif self._eof:
             self.transport.close()
         else:
             # Its body is still to come.
             self.flow.resume_reading()
-            if cycle.expect_continue:
+            if exchange.expect_continue:
                 self.transport.write(_CONTINUE)
 
-    def _linger(self) -> None:
-        """Close the sending half only, while the client may still be sending.
+    def _end(self) -> None:
+        """Close behind the last reply: at first our half only, if the client may still be sending.
 
         Closing with unread bytes in the socket would reset the connection, and the reset can
         overtake the reply: a client that is refused mid-upload would never learn why.
         """
-        if not self._receiving and not self._dead:
+        refused, self._dead = self._dead, True
+        if (self._receiving or refused) and not self.transport.is_closing():
+            self._lingering = True
+            self.transport.write_eof()
+            self.flow.resume_reading()
+        else:
             self.transport.close()
-            return
-        self._dead = True
-        self._lingering_since = monotonic()
-        self.transport.write_eof()
-        self.flow.resume_reading()
 
     # Refusals.
 
     def refuse(self, error: Exception) -> None:
         """Answer the message being received with an error, in its turn, and close."""
         self._dead = True
-        exchange, self.exchange = self.exchange, None
+        incoming, self.incoming = self.incoming, None
+        exchange = incoming if isinstance(incoming, Exchange) else None
         if exchange is None:
-            if self._receiving and not self._in_head and not self._take_from_asgi():
-                self.transport.close()
-                return
             exchange = Exchange(self, b"", keep_alive=False)
-            self.cycle = exchange  # type: ignore[assignment]
         exchange.refuse(error)
         if exchange is self.active:
             exchange.run()
-        elif all(exchange is not cycle for cycle, _ in self.pipeline):
+        elif incoming is None or self._replace(incoming, exchange):
+            self.cycle = exchange  # type: ignore[assignment]
             self._start_or_queue(exchange)
 
-    def _take_from_asgi(self) -> bool:
-        """Take the request being received away from Starlette, if it has not begun to answer."""
-        cycle = self.cycle
-        if not isinstance(cycle, RequestResponseCycle) or cycle is not self.active:
+    def _replace(self, incoming: Exchange | RequestResponseCycle, exchange: Exchange) -> bool:
+        """Put `exchange` where `incoming` waits, or return True if it has no place yet."""
+        for i, (waiting, app) in enumerate(self.pipeline):
+            if waiting is incoming:
+                self.pipeline[i] = (exchange, app)  # type: ignore[assignment]
+                self.cycle = exchange  # type: ignore[assignment]
+                return False
+        if isinstance(incoming, Exchange):
+            return True
+        if incoming.response_complete:
+            self._end()
             return False
-        if cycle.response_started:
+        if incoming.response_started:
+            self.transport.close()
             return False
-        cycle.disconnected = True
-        cycle.message_event.set()
+        # Starlette has begun and waits for the body: it is told that the client is gone.
+        incoming.disconnected = True
+        incoming.message_event.set()
         self.active = None
         return True
-
-    def _refuse_head(self) -> None:
-        limit = self.front.limits.max_header_bytes
-        self.refuse(HeadersTooLarge(f"the request head exceeds {limit} bytes"))
 
     def _refuse_body(self) -> None:
         limit = self.front.limits.max_body_bytes
@@ -403,13 +407,15 @@ class HttpConnection(HttpToolsProtocol):
     def enforce_time_bounds(self, now: float) -> None:
         """Close what is idle, refuse what arrives too slowly, drop who does not read."""
         limits = self.front.limits
-        if self._lingering_since:
-            if now - self._lingering_since > LINGER_S:
+        if self._lingering or self.transport.is_closing():
+            self._ending_since = self._ending_since or now
+            patience = LINGER_S if self._lingering else limits.write_timeout_s
+            if now - self._ending_since > patience:
                 self.transport.abort()
         elif self.flow.write_paused:
             if now - self._blocked_since > limits.write_timeout_s:
                 self.transport.abort()
-        elif self._receiving or self._head_bytes:
+        elif self._receiving:
             waited = now - self._since > limits.read_timeout_s
             if waited and not self._dead and not self.flow.read_paused:
                 self.refuse(

@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from serving.core import frames
 from serving.core.frames import FrameError, Kind, TensorEntry
 from serving.core.routing import Endpoint
+from serving.gateway.receiver import FrameReceiver
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ HEARTBEAT_S: Final = 0.5
 HEARTBEATS_MISSED: Final = 3
 CONNECT_TIMEOUT_S: Final = 5.0
 BACKOFF_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
-_SCRATCH: Final = 1 << 16
-_PREFIX: Final = frames.PREFIX.size
+# Below this a batch is joined into one buffer; a large one is written without a copy.
+_JOIN_BYTES: Final = 1 << 16
 
 BatchT = TypeVar("BatchT")
 
@@ -57,66 +57,7 @@ class LinkOwner(Protocol[BatchT]):
         """The replica could not run the batch."""
 
 
-class _FrameReceiver(asyncio.BufferedProtocol):
-    """Reassembles frames: small ones in a scratch buffer, a large one in a buffer of its own."""
-
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self._scratch = bytearray(_SCRATCH)
-        self._view = memoryview(self._scratch)
-        self._have = 0
-        self._head = (Kind.PING, 0, 0, 0)
-        self._need = _PREFIX
-        self._large: memoryview | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._view[self._have :] if self._large is None else self._large[self._have :]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._have += nbytes
-        try:
-            while self._have >= self._need:
-                if self._need == _PREFIX and not self._start_frame():
-                    continue
-                self._end_frame()
-        except (FrameError, struct.error) as error:
-            log.warning("replica sent a malformed frame: %s", error)
-            if self.transport is not None:
-                self.transport.abort()
-
-    def _start_frame(self) -> bool:
-        """Read the prefix; True when the whole frame is there already."""
-        self._head = frames.decode_prefix(self._scratch)
-        _, _, meta, payload = self._head
-        self._need = _PREFIX + meta + payload
-        if self._need == _PREFIX:
-            return True
-        if self._need > _SCRATCH:
-            large = memoryview(bytearray(self._need))
-            large[: self._have] = self._view[: self._have]
-            self._large = large
-        return self._have >= self._need
-
-    def _end_frame(self) -> None:
-        kind, tensors, meta, payload = self._head
-        whole = self._view if self._large is None else self._large
-        rest = bytes(whole[self._need : self._have])
-        end = _PREFIX + meta
-        frame_meta, frame_payload = whole[_PREFIX:end], whole[end : end + payload]
-        self._large, self._have, self._need = None, len(rest), _PREFIX
-        self.frame(kind, tensors, frame_meta, frame_payload)
-        if rest:
-            self._view[: len(rest)] = rest
-
-    def frame(self, kind: Kind, tensors: int, meta: memoryview, payload: memoryview) -> None:
-        """Handle one frame. A payload under 64 KiB is only valid during the call."""
-        raise FrameError(f"unexpected {kind.name}")
-
-
-class _Connection(_FrameReceiver, Generic[BatchT]):
+class _Connection(FrameReceiver, Generic[BatchT]):
     """Handshake and loss, common to both roles."""
 
     def __init__(self, link: ReplicaLink[BatchT], role: str) -> None:
@@ -175,9 +116,7 @@ class _DataConnection(_Connection[BatchT]):
         if batch is None or batch_id != self.batch_id:
             raise FrameError(f"answer to batch {batch_id}, which is not in flight here")
         self.batch = None
-        self.link.idle.append(self)
-        if self.link.draining:
-            self.link.loop.call_soon(self.link.drain)
+        self.link.connection_free(self)
         return batch
 
 
@@ -223,8 +162,9 @@ class ReplicaLink(Generic[BatchT]):
         self.endpoint = endpoint
         self.gateway = gateway
         self.loop = loop
-        self.idle: list[_DataConnection[BatchT]] = []
         self.draining = False
+        self._idle: list[_DataConnection[BatchT]] = []
+        self._exclusive = False
         self._node = node
         self._digest = digest
         self._tls = tls
@@ -239,13 +179,22 @@ class ReplicaLink(Generic[BatchT]):
 
     @property
     def up(self) -> bool:
-        """Whether the replica can be given batches."""
-        return self._up
+        """Whether the replica is there and is to be given batches."""
+        return self._up and not self.draining
 
     @property
     def in_flight(self) -> int:
         """Batches on their way."""
-        return len(self._data) - len(self.idle)
+        return len(self._data) - len(self._idle) if self._up else 0
+
+    def can_take(self, alone: bool) -> bool:
+        """Whether a batch may be sent now: with `alone`, one that must have the replica to itself.
+
+        While such a batch is there no other is sent.
+        """
+        if not self._idle or not self.up or self._exclusive:
+            return False
+        return not (alone and self.in_flight)
 
     def batches(self) -> list[BatchT]:
         """The batches on their way."""
@@ -255,9 +204,12 @@ class ReplicaLink(Generic[BatchT]):
         """Begin to connect."""
         self._connecting = self.loop.create_task(self._connect())
 
-    def send(self, batch: BatchT, rows: int, budget_us: int, tensors: _Tensors) -> None:
-        """Send a batch on an idle connection: `tensors` is per input an entry and its pieces."""
-        connection = self.idle.pop()
+    def send(
+        self, batch: BatchT, rows: int, budget_us: int, tensors: _Tensors, *, alone: bool
+    ) -> None:
+        """Send a batch that the link can take: `tensors` is per input an entry and its pieces."""
+        connection = self._idle.pop()
+        self._exclusive = alone
         self._next_id += 1
         connection.batch, connection.batch_id = batch, self._next_id
         buffers: list[Any] = [b""]
@@ -273,24 +225,42 @@ class ReplicaLink(Generic[BatchT]):
         prefix = frames.encode_prefix(Kind.INFER, len(tensors), len(head) + len(table), payload)
         buffers[0] = prefix + head + table
         transport = connection.transport
-        if payload < _SCRATCH:
+        if payload < _JOIN_BYTES:
             transport.write(b"".join(buffers))  # type: ignore[union-attr]
         else:
             transport.writelines(buffers)  # type: ignore[union-attr]
 
+    def connection_free(self, connection: _DataConnection[BatchT]) -> None:
+        """A connection's batch has been answered."""
+        self._exclusive = False
+        self._idle.append(connection)
+        if self.draining:
+            self.loop.call_soon(self._close_if_drained)
+
     def drain(self) -> None:
         """Take no more batches, and close when those in flight are answered."""
         self.draining = True
-        if self.in_flight == 0 and not self._closed:
+        self._close_if_drained()
+
+    def undrain(self) -> None:
+        """Stay after all."""
+        self.draining = False
+
+    def _close_if_drained(self) -> None:
+        if self.draining and not self.in_flight and not self._closed:
             self.close()
             self.owner.link_closed(self)
 
-    def close(self) -> None:
-        """Drop the connections. Batches in flight are handed to the owner as lost."""
+    def close(self) -> asyncio.Task[None] | None:
+        """Drop the connections. Batches in flight are handed to the owner as lost.
+
+        Returns the task that connects, if it has yet to notice that it is cancelled.
+        """
         self._closed = True
         if self._connecting is not None:
             self._connecting.cancel()
         self.lost()
+        return self._connecting
 
     def connection_lost(self, connection: _Connection[BatchT]) -> None:
         """Take the replica out, unless the connection is one that was given up before."""
@@ -299,14 +269,16 @@ class ReplicaLink(Generic[BatchT]):
 
     def lost(self) -> None:
         """Take the replica out and, unless closed, try to reach it again."""
-        if self._up:
-            self._up = False
-            self._failures = 0
-            batches = self.batches()
+        was_up, self._up = self._up, False
+        batches = self.batches()
+        if self._closed or was_up:
             self._drop_connections()
+        if was_up:
+            self._failures = 0
+            if not self._closed:
+                self.start()
             self.owner.link_down(self, batches)
-        if not self._closed and (self._connecting is None or self._connecting.done()):
-            self.start()
+            self._close_if_drained()
 
     def _drop_connections(self) -> None:
         if self._beat is not None:
@@ -315,7 +287,8 @@ class ReplicaLink(Generic[BatchT]):
         connections: list[_Connection[BatchT]] = [*self._data]
         if self._heartbeat is not None:
             connections.append(self._heartbeat)
-        self._data, self.idle, self._heartbeat = [], [], None
+        self._data, self._idle, self._heartbeat = [], [], None
+        self._exclusive = False
         for connection in connections:
             if connection.transport is not None:
                 connection.transport.abort()
@@ -326,14 +299,15 @@ class ReplicaLink(Generic[BatchT]):
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     await self._open_all()
                 break
-            except (OSError, TimeoutError, FrameError) as error:
+            except Exception as error:
+                # Whatever it was: a replica that is listed is tried again for ever.
                 self._drop_connections()
                 if self._failures == len(BACKOFF_S):
                     log.warning("replica %s is not reachable: %s", self.endpoint.replica, error)
                 delay = BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
                 self._failures += 1
                 await asyncio.sleep(delay)
-        self.idle = list(self._data)
+        self._idle = list(self._data)
         self._up = True
         self._beat_on()
         self.owner.link_up(self)

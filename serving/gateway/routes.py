@@ -50,7 +50,7 @@ class Routes:
     def ready(self) -> bool:
         """Whether a table is there and every default version in it has a connected replica."""
         return self.table.revision > 0 and all(
-            self.arm(m.name).ready for m in self.table.models.values()
+            m.version in m.arms and self.arm(m.name).ready for m in self.table.models.values()
         )
 
     def batchers(self) -> Iterator[ArmBatcher]:
@@ -62,7 +62,8 @@ class Routes:
         route = self.table.models.get(model)
         if route is None:
             raise NotFound(f"Request for unknown model: {model!r} is not found")
-        arm = route.arms.get(version or route.version)
+        version = route.version if version is None else version
+        arm = route.arms.get(version)
         if arm is None:
             raise NotFound(
                 f"Request for unknown model: {model!r} version {version!r} is not found; "
@@ -74,23 +75,27 @@ class Routes:
         """Replace the table. An older revision than the one in force is ignored."""
         if table.revision <= self.table.revision:
             return
-        old, self._arms = self._arms, {}
+        arms: dict[_ArmKey, ArmBatcher] = {}
         for route in table.models.values():
             for arm in route.arms.values():
-                batcher = old.pop(_key(arm), None)
-                if batcher is None:
-                    recorder = self._recorders.setdefault(_key(arm), ArmRecorder())
-                    batcher = ArmBatcher(arm, recorder, self._limits, self._loop)
-                elif batcher.arm != arm:
-                    batcher.configure(arm)
-                self._arms[_key(arm)] = batcher
-                batcher.connect(arm.endpoints, self._link)
-        self.table = table
+                arms[_key(arm)] = self._batcher(arm)
+        left = [batcher for key, batcher in self._arms.items() if key not in arms]
+        self.table, self._arms = table, arms
         self.infer_paths = dict(self._paths())
-        self._retired = [b for b in self._retired if b.links or b.queue_depth]
-        for batcher in old.values():
+        for batcher in arms.values():
+            batcher.connect(batcher.arm.endpoints, self._link)
+        for batcher in left:
             batcher.retire()
-            self._retired.append(batcher)
+        self._retired = [b for b in [*self._retired, *left] if not b.closed]
+
+    def _batcher(self, arm: Arm) -> ArmBatcher:
+        batcher = self._arms.get(_key(arm))
+        if batcher is None:
+            recorder = self._recorders.setdefault(_key(arm), ArmRecorder())
+            return ArmBatcher(arm, recorder, self._limits, self._loop)
+        if batcher.arm != arm:
+            batcher.configure(arm)
+        return batcher
 
     def _paths(self) -> Iterator[tuple[bytes, ArmBatcher]]:
         for route in self.table.models.values():
@@ -130,11 +135,10 @@ class Routes:
             for (model, version, digest), batchers in gauges.items()
         ]
 
-    def close(self) -> None:
-        """Drop all connections to replicas."""
-        for batcher in self.batchers():
-            for link in list(batcher.links.values()):
-                link.close()
+    async def close(self) -> None:
+        """Drop all connections to replicas. Every request must have been answered."""
+        tasks = [task for batcher in self.batchers() for task in batcher.close()]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _key(arm: Arm) -> _ArmKey:

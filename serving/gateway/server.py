@@ -21,8 +21,8 @@ from serving.core.inference import Limits
 from serving.core.routing import RouteTable
 from serving.errors import ClusterError
 from serving.gateway.app import create_app
-from serving.gateway.http import HttpFront, HttpLimits
-from serving.gateway.infer import Pipeline, monotonic
+from serving.gateway.front import HttpFront, HttpLimits
+from serving.gateway.infer import Pipeline
 from serving.gateway.recorder import ROWS_BOUNDS, SECONDS_BOUNDS
 from serving.gateway.routes import Routes
 
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _POLL_S: Final = 10.0
 _BACKOFF_S: Final = 0.25
 _BACKLOG: Final = 2048
+# At a forced shutdown, how long clients have to take the errors that they are sent.
+_FAREWELL_S: Final = 0.5
 
 
 class Controller(Protocol):
@@ -98,15 +100,17 @@ class GatewayServer:
             loop,
             request_id_prefix=f"{self._gateway[-8:]}-",
         )
-        self.front.sweep()
         listener = _listen(config.host, config.port)
         self.port: int = listener.getsockname()[1]
+        self.front.sweep()
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 create_app(self.routes, config.server_name),
                 http=self.front.protocol(),  # type: ignore[arg-type]
                 ws="none",
                 access_log=False,
+                # Logging is the process's own: see telemetry.
+                log_config=None,
                 log_level="warning",
                 lifespan="off",
                 server_header=False,
@@ -127,15 +131,15 @@ class GatewayServer:
     async def stop(self) -> None:
         """Stop listening, answer what was admitted within `drain_s`, report once more, close."""
         self._uvicorn.should_exit = True
-        deadline = monotonic() + self._config.drain_s
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.drain_s):
-                while any(b.queue_depth or b.in_flight for b in self.routes.batchers()):
-                    await asyncio.sleep(0.02)
-        if monotonic() >= deadline:
+        # uvicorn closes the listener and idle connections, and waits for those that are not.
+        await asyncio.wait([self._serving], timeout=self._config.drain_s)
+        if not self._serving.done():
             log.warning("requests were still in flight after %.1f s", self._config.drain_s)
+            self.pipeline.give_up()
+            await asyncio.wait([self._serving], timeout=_FAREWELL_S)
             self._uvicorn.force_exit = True
-        await self._serving
+            self.front.abort()
+            await asyncio.wait([self._serving], timeout=_FAREWELL_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -143,7 +147,7 @@ class GatewayServer:
             await self._report()
         self.pipeline.close()
         self.front.close()
-        self.routes.close()
+        await self.routes.close()
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:

@@ -34,12 +34,14 @@ from serving.registry.model import (
     check_metrics,
     check_name,
 )
+from serving.registry.reason import sentence
 
 log = logging.getLogger(__name__)
 
 _OWN_TAGS: Final = frozenset({"digest", "model_id", "platform", "signature", "dataset"})
+# What MLflow's stores answer for a name, a version or an alias that they do not have.
+_ABSENT: Final = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})
 _DATASET_DIGEST_LIMIT: Final = 36
-_SENTENCE_LIMIT: Final = 300
 _PAGE: Final = 1000
 
 
@@ -114,7 +116,13 @@ class Registry:
     def model(self, name: str) -> RegisteredModel:
         """One model with all its versions. The error for an unknown name lists the known ones."""
         with self._errors(f"read {name}"):
-            return self._model(self._find_model(name))
+            try:
+                found = self._client.get_registered_model(name)
+            except Exception as error:
+                if _code(error) not in _ABSENT:
+                    raise
+                raise self._missing(name, "") from error
+            return self._model(found)
 
     def get(self, name: str, ref: str) -> ModelVersion:
         """The version that `ref`, a number or an @alias, names now.
@@ -128,7 +136,7 @@ class Registry:
                 else:
                     found = self._client.get_model_version(name, ref)
             except Exception as error:
-                if _code(error) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                if _code(error) not in _ABSENT:
                     raise
                 raise self._missing(name, ref) from error
             return self._version(found, tuple(found.aliases))
@@ -241,14 +249,6 @@ class Registry:
             if _code(error) != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _find_model(self, name: str) -> Any:
-        try:
-            return self._client.get_registered_model(name)
-        except Exception as error:
-            if _code(error) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise self._missing(name, "") from error
-
     def _missing(self, name: str, ref: str) -> RegistryError:
         models = {model.name: model for model in self.models()}
         if name not in models:
@@ -276,7 +276,8 @@ class Registry:
         return RegisteredModel(str(row.name), tuple(versions), aliases)
 
     def _version(self, row: Any, aliases: tuple[str, ...]) -> ModelVersion:
-        tags = row.tags
+        # Another client may use the same names for other things.
+        tags = row.tags if {"digest", "signature"} <= row.tags.keys() else {}
         metrics, training_time_s = self._run_facts(row.run_id)
         signature = tags.get("signature")
         return ModelVersion(
@@ -324,7 +325,7 @@ class Registry:
         except ServingError:
             raise
         except Exception as error:
-            reason = self._hide_password(_sentence(error))
+            reason = self._hide_password(sentence(error))
             raise RegistryError(f"registry {self._shown}: cannot {doing}: {reason}") from error
 
 
@@ -334,6 +335,7 @@ def _prepare_mlflow() -> None:
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     # An operator waits: its own 7 retries of 120 s each say no more than these.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
@@ -383,22 +385,3 @@ def _version_tags(tags: Mapping[str, str], bundle: Path, dataset: Dataset | None
 def _beside_sqlite(uri: str) -> Path | None:
     prefix = "sqlite:///"
     return Path(uri.removeprefix(prefix) + ".artifacts") if uri.startswith(prefix) else None
-
-
-def _sentence(error: BaseException) -> str:
-    """The innermost reason, on one line."""
-    chain = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(inner)
-    for reason in reversed(chain):
-        if isinstance(reason, OSError) and reason.strerror:
-            return reason.strerror + (f": {reason.filename}" if reason.filename else "")
-        # SQLAlchemy's errors hold the driver's, which says the same without the statement.
-        if (driver := getattr(reason, "orig", None)) is not None:
-            return _one_line(driver)
-    return _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _SENTENCE_LIMIT else text[: _SENTENCE_LIMIT - 1] + "…"

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from serving.errors import DeadlineExceeded, InvalidRequest, ModelFailed, Servin
 from serving.replica.backends.base import Array, Backend, as_raw, one_line
 
 _log = logging.getLogger(__name__)
+
+_LOG_PERIOD_S: Final = 1.0
 
 
 class Work:
@@ -72,6 +75,11 @@ class BatchRules:
     max_size: int
     buckets: tuple[int, ...] | None = None
 
+    @property
+    def merge_size(self) -> int:
+        """The most rows that are merged into one run: a larger run would have no bucket."""
+        return min(self.max_size, self.buckets[-1]) if self.buckets else self.max_size
+
     def padded(self, rows: int) -> int:
         """The rows that a run of `rows` rows is padded to."""
         for bucket in self.buckets or ():
@@ -105,15 +113,18 @@ class Engine:
         self.backend = backend
         self.rules = rules
         self._merges = backend.signature.batch is not Batch.NONE
+        self._merge_size = rules.merge_size
         self._outputs = [
             (spec.name, spec.datatype, _expected_dtype(spec.datatype), len(spec.shape))
             for spec in backend.signature.outputs
         ]
+        self._n_inputs = len(backend.signature.inputs)
         self._mutex = threading.Lock()
         self._waiting: deque[Work] = deque()
         self._busy = False
         self._run_started = 0.0
         self._last_end = time.monotonic()
+        self._last_logged = -_LOG_PERIOD_S
 
     def submit(self, work: Work) -> None:
         """Run `work`, alone or with others; return when it is finished, `work.error` set or not."""
@@ -174,6 +185,8 @@ class Engine:
             if heir is not None and heir.wake is not None:
                 heir.wake.release()
             for mate in group:
+                if mate.error is None and not mate.outputs:
+                    mate.error = ModelFailed("the run was abandoned")
                 mate.finished = True
                 if mate is not work and mate.wake is not None:
                     mate.wake.release()
@@ -182,12 +195,15 @@ class Engine:
         """Move every waiting batch that can run with `group[0]` into `group`."""
         if not self._merges:
             return
-        room = self.rules.max_size - group[0].rows
+        room = self._merge_size - group[0].rows
         shapes = group[0].shapes or _shapes(group[0], self._merges)
+        moment = time.monotonic()
         with self._mutex:
             kept: deque[Work] = deque()
             for waiting in self._waiting:
-                if waiting.rows <= room and waiting.shapes == shapes:
+                if waiting.deadline and waiting.deadline <= moment:
+                    group.append(waiting)  # takes no room: it will be told, not run
+                elif waiting.rows <= room and waiting.shapes == shapes:
                     group.append(waiting)
                     room -= waiting.rows
                 else:
@@ -212,8 +228,14 @@ class Engine:
         except ServingError as error:
             self._failed(alive, error)
         except Exception as error:
-            _log.warning("the model failed on %d rows", sum(w.rows for w in alive), exc_info=True)
+            self._log_failure(alive)
             self._failed(alive, ModelFailed(f"the model failed: {one_line(error)}"))
+
+    def _log_failure(self, group: list[Work]) -> None:
+        """Log the exception in progress, but not each of a stream of them."""
+        if time.monotonic() - self._last_logged >= _LOG_PERIOD_S:
+            self._last_logged = time.monotonic()
+            _log.warning("the model failed on %d rows", sum(w.rows for w in group), exc_info=True)
 
     def _failed(self, group: list[Work], error: ServingError) -> None:
         if len(group) == 1:
@@ -224,11 +246,12 @@ class Engine:
 
     def _run(self, group: list[Work]) -> None:
         """One run over all of `group`. Raises what the backend raises, and `ModelFailed`."""
-        rows = sum(w.rows for w in group) if len(group) > 1 else group[0].rows
+        rows = sum([w.rows for w in group])
         padded = self.rules.padded(rows) if self._merges else rows
+        as_it_came = len(group) == 1 and padded == rows
         self._run_started = started = time.monotonic()
         try:
-            if len(group) == 1 and padded == rows:
+            if as_it_came:
                 inputs = group[0].inputs
             else:
                 inputs = [
@@ -241,13 +264,8 @@ class Engine:
         at = 0
         for work in group:
             end = at + work.rows
-            alone = len(group) == 1 and padded == rows
-            work.outputs = outputs if alone else [out[at:end] for out in outputs]
+            work.outputs = outputs if as_it_came else [out[at:end] for out in outputs]
             work.run_rows, work.compute_s, at = padded, compute_s, end
-
-    @property
-    def _n_inputs(self) -> int:
-        return len(self.backend.signature.inputs)
 
     def _checked(self, outputs: list[Array], rows: int) -> list[Array]:
         """`outputs` in wire form. Raises `ModelFailed` where they do not fit the signature."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from serving.core.types import DATATYPES, Batch, TensorSpec
 from serving.errors import ArtifactError, InvalidRequest
 from serving.replica.backends.base import Array
 from serving.replica.engine import Engine, Work
-from serving.replica.wire import join_bytes, now, split_bytes
+from serving.replica.wire import join_bytes, split_bytes
 
 # (relative, absolute) tolerance by the coarsest of the output's datatype and the arithmetic behind
 # it. Golden outputs are recorded once, on a CPU in the model's own precision; what differs later is
@@ -98,8 +99,13 @@ def run_sample(engine: Engine, sample: Sequence[Array]) -> list[Array]:
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def compare(spec: TensorSpec, got: Array, expected: Array, precision: str) -> None:
-    """Raise `ArtifactError` unless `got` is `expected` within the tolerance of its datatype."""
+def compare(
+    spec: TensorSpec, got: Array, expected: Array, precision: str, least_scale: float = 1.0
+) -> None:
+    """Raise `ArtifactError` unless `got` is `expected` within the tolerance of its datatype.
+
+    The absolute tolerance is scaled by the largest expected value, but at least by `least_scale`.
+    """
     if got.shape != expected.shape:
         raise ArtifactError(
             f"golden check: output {spec.name!r} has shape {list(got.shape)}, "
@@ -118,7 +124,7 @@ def compare(spec: TensorSpec, got: Array, expected: Array, precision: str) -> No
     have, want = _widened(spec, got), _widened(spec, expected)
     rtol, atol = TOLERANCES[max(spec.datatype, precision, "FP32", key=_COARSENESS.index)]
     finite = np.abs(want[np.isfinite(want)])
-    atol *= max(1.0, float(finite.max(initial=0.0)))
+    atol *= float(finite.max(initial=least_scale))
     with np.errstate(invalid="ignore"):
         difference = np.abs(have - want)
     # Equal infinities and NaN where NaN was recorded are what was recorded.
@@ -151,7 +157,7 @@ def _resized(sample: Sequence[Array], rows: int) -> list[Array]:
 
 
 def _run(engine: Engine, inputs: list[Array], rows: int, what: str) -> list[Array]:
-    work = Work(inputs, rows, arrived=now())
+    work = Work(inputs, rows, arrived=time.monotonic())
     engine.submit(work)
     if work.error is not None:
         raise ArtifactError(f"{what} at {rows} rows: {work.error}")

@@ -12,6 +12,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from serving.core.frames import (
 )
 from serving.errors import ServingError
 from serving.replica.engine import Engine
-from serving.replica.wire import Buffer, Codec, failed, now
+from serving.replica.wire import Buffer, Codec, failed
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ _SOCKET_BUFFER_BYTES: Final = 4 << 20
 _KEEP_BUFFER_BYTES: Final = 64 << 20
 _HELLO_TIMEOUT_S: Final = 10.0
 _MAX_HELLO_BYTES: Final = 4096
+_MAX_STRANGERS: Final = 64  # each takes a thread for at most _HELLO_TIMEOUT_S
 _DRAINED_IDLE_S: Final = 0.5
 _DRAIN_POLL_S: Final = 0.02
 _MAX_BUFFERS: Final = 1000  # sendmsg takes at most IOV_MAX (1024) of them
@@ -102,9 +104,9 @@ class ReplicaServer:
 
         Returns whether that was so in the end.
         """
-        deadline = now() + limit_s
+        deadline = time.monotonic() + limit_s
         while self.idle_s < _DRAINED_IDLE_S:
-            if now() >= deadline:
+            if time.monotonic() >= deadline:
                 return False
             self._stopping.wait(_DRAIN_POLL_S)
         return True
@@ -158,10 +160,17 @@ class ReplicaServer:
                 if self._stopping.is_set():
                     sock.close()
                     return
+                if connection.remote and self._strangers() >= _MAX_STRANGERS:
+                    sock.close()
+                    continue
                 self._connections.add(connection)
             threading.Thread(
                 target=self._serve, args=(connection,), name="replica-connection", daemon=True
             ).start()
+
+    def _strangers(self) -> int:
+        """Connections from other nodes that have not shown a certificate yet."""
+        return sum(c.remote and not c.welcomed for c in self._connections)
 
     def _serve(self, connection: Connection) -> None:
         try:
@@ -170,6 +179,8 @@ class ReplicaServer:
             _log.debug("a gateway went away")
         except (FrameError, OSError, MemoryError) as error:
             _log.warning("a connection was closed: %s", error)
+        except Exception:
+            _log.exception("a connection was closed")
         finally:
             connection.close()
             with self._lock:
@@ -192,14 +203,16 @@ class Connection:
         self._engine = engine
         self._codec = codec
         self._welcome = welcome
+        self.remote = context is not None
+        self.welcomed = False
         self._payload = np.empty(0, np.uint8)
         self._busy = False
-        self._last_end = now()
+        self._last_end = time.monotonic()
 
     @property
     def idle_s(self) -> float:
         """How long this connection has had no batch, in seconds."""
-        return 0.0 if self._busy else now() - self._last_end
+        return 0.0 if self._busy else time.monotonic() - self._last_end
 
     def serve(self) -> None:
         """Handshake, then answer frames until the peer closes.
@@ -228,7 +241,11 @@ class Connection:
         self._sock.settimeout(_HELLO_TIMEOUT_S)
         if self._sock.family != socket.AF_UNIX:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A gateway's node that vanished frees its threads here within a minute.
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             self._sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
         if self._context is not None:
@@ -246,10 +263,11 @@ class Connection:
             role = decode_json(meta).get("role")
             if role not in ("data", "heartbeat"):
                 raise FrameError(f"HELLO asks for role {role!r}; expected data or heartbeat")
-        except FrameError as error:
+        except (FrameError, RecursionError) as error:
             self._sock.sendall(encode_json(Kind.REFUSED, {"error": str(error)}))
-            raise
+            raise FrameError(str(error)) from error
         self._sock.sendall(self._welcome)
+        self.welcomed = True
         return str(role)
 
     def _answer_pings(self) -> None:
@@ -271,7 +289,7 @@ class Connection:
             while have < PREFIX.size:
                 have += self._receive(head[have:])
             self._busy = True
-            arrived = now()
+            arrived = time.monotonic()
             kind, tensors, meta_size, size = decode_prefix(head)
             if kind is not Kind.INFER:
                 raise FrameError(f"a {kind.name} frame on a data connection")
@@ -289,7 +307,7 @@ class Connection:
             if self._payload.nbytes > _KEEP_BUFFER_BYTES:
                 del payload
                 self._payload = np.empty(0, np.uint8)
-            self._last_end = now()
+            self._last_end = time.monotonic()
             self._busy = False
 
     def _read_payload(self, start: memoryview, size: int) -> memoryview:
@@ -313,8 +331,8 @@ class Connection:
     def _send(self, buffers: Sequence[Buffer]) -> None:
         sock = self._sock
         if isinstance(sock, ssl.SSLSocket) or len(buffers) > _MAX_BUFFERS:
-            for buffer in buffers:
-                sock.sendall(buffer)
+            # TLS has no sendmsg, and a record of its own for the head would cost a packet.
+            sock.sendall(b"".join(buffers))
             return
         sent = sock.sendmsg(buffers)
         if sent == sum(map(len, buffers)):

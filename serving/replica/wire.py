@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -52,7 +51,7 @@ class Codec:
         self._signature = signature
         self._has_rows = signature.batch is not Batch.NONE
         self._has_bytes = any(t.datatype == "BYTES" for t in signature.outputs)
-        self._layouts: dict[tuple[int, bytes], _Layout] = {}
+        self._layouts: dict[tuple[int, int, bytes], _Layout] = {}
         self._tables: dict[tuple[tuple[int, ...], ...], tuple[bytes, int]] = {}
 
     def decode(
@@ -68,7 +67,7 @@ class Codec:
             raise FrameError(f"an INFER frame's meta has {len(meta)} bytes")
         batch_id, rows, _, budget_us = INFER_HEAD.unpack_from(meta)
         table = bytes(meta[INFER_HEAD.size :])
-        layout = self._layouts.get((rows, table))
+        layout = self._layouts.get((tensors, rows, table))
         try:
             if layout is None:
                 layout = self._read_layout(table, tensors, rows, len(payload))
@@ -84,6 +83,9 @@ class Codec:
             ]
         except InvalidRequest as error:
             return batch_id, error
+        except ValueError as error:
+            # numpy bounds the size of an array even where a dimension of 0 makes it empty.
+            return batch_id, InvalidRequest(f"a tensor's shape is out of bounds: {error}")
         deadline = arrived + budget_us * 1e-6 if budget_us else 0.0
         return batch_id, Work(inputs, rows, arrived=arrived, deadline=deadline)
 
@@ -122,7 +124,7 @@ class Codec:
         if len(table) <= _MAX_CACHED_TABLE_BYTES:
             if len(self._layouts) >= _MAX_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[rows, table] = layout
+            self._layouts[tensors, rows, table] = layout
         return layout
 
     def _check(self, entries: Sequence[TensorEntry], rows: int) -> None:
@@ -179,11 +181,6 @@ def failed(batch_id: int, error: ServingError) -> bytes:
     """A FAILED frame."""
     body = {"slug": error.slug, "message": str(error)}
     return encode_json(Kind.FAILED, body, BATCH_ID.pack(batch_id))
-
-
-def now() -> float:
-    """The clock of arrivals and deadlines: monotonic, in seconds."""
-    return time.monotonic()
 
 
 def _describe(

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -90,11 +89,9 @@ class Deployment:
         self.stop()
 
     def _ready(self) -> bool:
-        assert self.process.poll() is None, f"serving up ended:\n{self.log.read_text()}"
-        try:
-            return bool(self.get(self.port, "/v2/health/ready")["ready"])
-        except (OSError, urllib.error.HTTPError):
-            return False
+        printed = self.log.read_text()
+        assert self.process.poll() is None, f"serving up ended:\n{printed}"
+        return "\nready" in printed
 
     def stop(self) -> int:
         """Ctrl-C; the exit status."""

@@ -1,9 +1,11 @@
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+from models.zoo.__main__ import main
 from models.zoo.catalogue import CATALOGUE, build
 from models.zoo.vision import ARCHITECTURES
 
@@ -60,3 +62,65 @@ def test_builds_are_deterministic(tmp_path: Path) -> None:
 
 def test_every_model_says_what_it_is() -> None:
     assert all(entry.about for entry in CATALOGUE.values())
+
+
+ECHOED = {
+    "BOOL": np.array([[True, False]]),
+    "FP16": np.array([[1.5, -0.0]], np.float16),
+    "FP32": np.array([[1e-40, np.inf]], np.float32),
+    "FP64": np.array([[1e-300, 2.0]]),
+    "BYTES": np.array([["", "ü"]], object),
+    **{
+        f"{kind}{bits}": np.array(
+            [[0, np.iinfo(f"{kind.lower()}{bits}").max]], f"{kind.lower()}{bits}"
+        )
+        for kind in ("INT", "UINT")
+        for bits in (8, 16, 32, 64)
+    },
+}
+
+
+@pytest.mark.parametrize("datatype", sorted(ECHOED))
+def test_echo_gives_back_what_it_got(datatype: str, tmp_path: Path) -> None:
+    model = session(build(f"echo_{datatype.lower()}", tmp_path))
+    (out,) = model.run(None, {"x": ECHOED[datatype]})
+    assert out.dtype == ECHOED[datatype].dtype
+    assert out.tolist() == ECHOED[datatype].tolist()
+
+
+def test_echo_bf16_is_a_bf16_model(tmp_path: Path) -> None:
+    # numpy has no bfloat16, so its values go through an OrtValue over their bits.
+    model = session(build("echo_bf16", tmp_path))
+    assert model.get_inputs()[0].type == model.get_outputs()[0].type == "tensor(bfloat16)"
+
+
+def test_mlp_gives_probabilities(tmp_path: Path) -> None:
+    x = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
+    (p,) = session(build("mlp", tmp_path)).run(["p"], {"x": x})
+    assert p.shape == (5, 10)
+    np.testing.assert_allclose(p.sum(axis=1), 1.0, rtol=1e-5)
+
+
+def test_simple_identity_gives_back_strings(tmp_path: Path) -> None:
+    text = np.array([["a", ""], ["b", "c"]], object)
+    (out,) = session(build("simple_identity", tmp_path)).run(None, {"INPUT0": text})
+    assert out.tolist() == text.tolist()
+
+
+def test_the_command_lists_builds_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["models.zoo", *arguments])
+        status = main()
+        return status, *capsys.readouterr()
+
+    status, listed, _ = run()
+    assert status == 0
+    assert [line.split()[0] for line in listed.splitlines()] == list(CATALOGUE)
+    status, built, _ = run("simple", "--out", str(tmp_path))
+    assert (status, Path(built.strip())) == (0, tmp_path / "simple" / "model.onnx")
+    assert Path(built.strip()).is_file()
+    status, _, error = run("simpel", "--out", str(tmp_path))
+    assert status == 2
+    assert "no model simpel; there are: mlp, resnet50" in error

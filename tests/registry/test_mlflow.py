@@ -117,7 +117,7 @@ def test_versions_of_other_tools_are_listed(registry: Registry, home: Path) -> N
     uri = f"sqlite:///{home / 'registry.db'}"
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     client.create_registered_model("it's theirs")
-    client.create_model_version("it's theirs", source=str(home))
+    client.create_model_version("it's theirs", source=str(home), tags={"dataset": "their own"})
     client.create_registered_model("empty")
     empty, theirs = registry.models()
     assert (empty.name, empty.versions) == ("empty", ())

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from serving.artifacts import ONNX_PLATFORM
 from serving.core.types import Signature
 from serving.replica.backends.base import Backend
 from serving.replica.engine import Engine, rules_for
+from serving.replica.inspect import inspect
 from serving.replica.server import ReplicaServer, TlsListener
 
 from . import models
@@ -56,6 +58,11 @@ def linear_backend(tmp_path: Path) -> Backend:
     return models.cpu_backend(models.linear(tmp_path / "m.onnx"), ONNX_PLATFORM, models.LINEAR)
 
 
+def rows(n: int, seed: int = 0) -> np.ndarray:
+    """Inputs of the linear model."""
+    return np.random.default_rng(seed).normal(size=(n, 4)).astype(np.float32)
+
+
 class Gate:
     """A backend that runs another, but waits before each run until `open` is called.
 
@@ -89,3 +96,17 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
     while not condition():
         assert time.monotonic() < deadline, f"timed out waiting until {what}"
         time.sleep(0.001)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "bundle"
+
+
+def look(model: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    return inspect(model, out, **{"sample": None, "signature": None, "batch": "auto", **settings})
+
+
+def save_npz(path: Path, **arrays: np.ndarray) -> Path:
+    np.savez(path, **arrays)
+    return path

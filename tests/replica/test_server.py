@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import stat
-import struct
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from onnx import TensorProto
 
 from serving.artifacts import ONNX_PLATFORM
 from serving.core import frames
 from serving.core.frames import Kind
-from serving.core.types import Batch, Signature, TensorSpec
+from serving.core.types import Batch, Signature
 from serving.replica.backends.base import Backend
 from serving.replica.server import ReplicaServer
 
 from . import models
 from .client import Client, Failed, infer_frame
-from .conftest import IDENTITY, Gate, Serve, wait_until
-
-Result = tuple[list[np.ndarray], tuple[int, ...]]
-
-
-def rows(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, 4)).astype(np.float32)
+from .conftest import IDENTITY, Gate, Serve, rows, wait_until
 
 
 def test_a_batch_goes_there_and_back(serve: Serve, linear_backend: Backend) -> None:
@@ -112,177 +101,6 @@ def test_heartbeats_tell_how_long_the_run_has_lasted(serve: Serve, linear_backen
         assert heart.ping() == 0
 
 
-class Senders:
-    """Clients that send at once, each with its own connection and thread."""
-
-    def __init__(self, path: str, pool: ThreadPoolExecutor) -> None:
-        self.path, self.pool = path, pool
-
-    def send(self, x: np.ndarray, budget_us: int = 0) -> Future[Result]:
-        def run() -> Result:
-            with Client.unix(self.path) as client:
-                return client.infer_with_head(x, budget_us=budget_us)
-
-        return self.pool.submit(run)
-
-
-@pytest.fixture
-def pool() -> ThreadPoolExecutor:
-    with ThreadPoolExecutor(32) as pool:
-        yield pool
-
-
-def test_waiting_batches_run_as_one(
-    serve: Serve, linear_backend: Backend, pool: ThreadPoolExecutor
-) -> None:
-    gate = Gate(linear_backend)
-    server = serve(gate, max_size=10)
-    senders = Senders(server.unix_path, pool)
-    first = senders.send(rows(1))
-    assert gate.entered.acquire(timeout=30)
-    batches = [rows(n, seed=n) for n in (2, 3, 4)]
-    waiting = []
-    for i, x in enumerate(batches):
-        waiting.append(senders.send(x))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
-    gate.open()
-    assert first.result(30)[1][2] == 1
-    for x, sent in zip(batches, waiting, strict=True):
-        outputs, head = sent.result(30)
-        np.testing.assert_allclose(outputs[0], x @ models.LINEAR_W, rtol=1e-4)
-        assert head[1:3] == (len(x), 9)
-        assert head[3] > 0
-    assert gate.batches == [1, 9]
-
-
-def test_a_merged_run_stays_within_the_limit_and_the_rest_follows(
-    serve: Serve, linear_backend: Backend, pool: ThreadPoolExecutor
-) -> None:
-    gate = Gate(linear_backend)
-    server = serve(gate, max_size=4)
-    senders = Senders(server.unix_path, pool)
-    sent = [senders.send(rows(1))]
-    assert gate.entered.acquire(timeout=30)
-    for i, n in enumerate((3, 3, 1)):
-        sent.append(senders.send(rows(n, seed=n)))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
-    gate.open()
-    assert [len(s.result(30)[0][0]) for s in sent] == [1, 3, 3, 1]
-    # The second batch of three did not fit, the single row behind it did.
-    assert gate.batches == [1, 4, 3]
-
-
-def test_batches_of_other_shapes_never_meet(
-    serve: Serve, tmp_path: Path, pool: ThreadPoolExecutor
-) -> None:
-    model = models.identity(tmp_path / "m.onnx", TensorProto.FLOAT, ("batch", "width"))
-    signature = models.identity_signature("FP32", (-1, -1))
-    gate = Gate(models.cpu_backend(model, ONNX_PLATFORM, signature))
-    server = serve(gate)
-    senders = Senders(server.unix_path, pool)
-    arrays = [np.full((1, w), w, np.float32) for w in (2, 3, 2, 3, 4)]
-    sent = [senders.send(arrays[0])]
-    assert gate.entered.acquire(timeout=30)
-    for i, x in enumerate(arrays[1:]):
-        sent.append(senders.send(x))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
-    gate.open()
-    for x, future in zip(arrays, sent, strict=True):
-        np.testing.assert_array_equal(future.result(30)[0][0], x)
-    assert sorted(gate.batches) == [1, 1, 1, 2]
-
-
-def test_an_expired_batch_never_reaches_the_model(
-    serve: Serve, linear_backend: Backend, pool: ThreadPoolExecutor
-) -> None:
-    gate = Gate(linear_backend)
-    server = serve(gate)
-    senders = Senders(server.unix_path, pool)
-    first = senders.send(rows(1))
-    assert gate.entered.acquire(timeout=30)
-    expired = senders.send(rows(2), budget_us=1)
-    wait_until(lambda: server.engine.waiting == 1, "the batch waits")
-    patient = senders.send(rows(3), budget_us=60_000_000)
-    wait_until(lambda: server.engine.waiting == 2, "the batch waits")
-    gate.open()
-    first.result(30)
-    with pytest.raises(Failed) as failed:
-        expired.result(30)
-    assert failed.value.slug == "deadline_exceeded"
-    assert len(patient.result(30)[0][0]) == 3
-    assert gate.batches == [1, 3]
-
-
-@pytest.mark.parametrize("guilty", [0, 1, 2])
-def test_only_the_guilty_part_of_a_batch_fails(
-    serve: Serve, tmp_path: Path, pool: ThreadPoolExecutor, guilty: int
-) -> None:
-    model = models.gather(tmp_path / "m.onnx")
-    gate = Gate(models.cpu_backend(model, ONNX_PLATFORM, models.GATHER))
-    server = serve(gate)
-    senders = Senders(server.unix_path, pool)
-    first = senders.send(np.array([0]))
-    assert gate.entered.acquire(timeout=30)
-    indices = [np.array([1, 2]), np.array([3]), np.array([4, 0, 1])]
-    indices[guilty] = np.array([99])
-    sent = []
-    for i, x in enumerate(indices):
-        sent.append(senders.send(x))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
-    gate.open()
-    first.result(30)
-    for i, (x, future) in enumerate(zip(indices, sent, strict=True)):
-        if i != guilty:
-            np.testing.assert_array_equal(future.result(30)[0][0], models.GATHER_TABLE[x])
-            continue
-        with pytest.raises(Failed, match=r"model_failed: the model failed: .*99") as failed:
-            future.result(30)
-        assert "\n" not in failed.value.message
-
-
-def test_a_client_that_left_hurts_nobody_it_was_merged_with(
-    serve: Serve, linear_backend: Backend, pool: ThreadPoolExecutor
-) -> None:
-    gate = Gate(linear_backend)
-    server = serve(gate)
-    senders = Senders(server.unix_path, pool)
-    first = senders.send(rows(1))
-    assert gate.entered.acquire(timeout=30)
-    leaver = Client.unix(server.unix_path)
-    leaver.send_infer(rows(2))
-    wait_until(lambda: server.engine.waiting == 1, "the batch waits")
-    x = rows(3, seed=3)
-    mate = senders.send(x)
-    wait_until(lambda: server.engine.waiting == 2, "the batch waits")
-    leaver.sock.close()
-    gate.open()
-    first.result(30)
-    outputs, head = mate.result(30)
-    np.testing.assert_allclose(outputs[0], x @ models.LINEAR_W, rtol=1e-4)
-    assert head[2] == 5
-
-
-def test_many_connections_at_once_each_get_their_own_answer(
-    serve: Serve, linear_backend: Backend, pool: ThreadPoolExecutor
-) -> None:
-    server = serve(linear_backend, max_size=16, buckets=(1, 4, 16))
-
-    def hammer(seed: int) -> int:
-        rng = np.random.default_rng(seed)
-        with Client.unix(server.unix_path) as client:
-            for _ in range(100):
-                x = rng.normal(size=(int(rng.integers(1, 9)), 4)).astype(np.float32)
-                outputs, head = client.infer_with_head(x)
-                np.testing.assert_allclose(outputs[0], x @ models.LINEAR_W, rtol=1e-3, atol=1e-4)
-                assert head[2] in (1, 4, 16)
-                assert head[2] >= len(x)
-        return 100
-
-    assert sum(pool.map(hammer, range(16))) == 1600
-    wait_until(lambda: server.engine.idle_s > 0, "the engine is idle")
-    assert server.drain(30)
-
-
 def test_a_wrong_number_of_rows_is_the_models_fault(serve: Serve, tmp_path: Path) -> None:
     backend = models.cpu_backend(
         models.halves_rows(tmp_path / "m.onnx"), ONNX_PLATFORM, models.identity_signature("FP32")
@@ -323,113 +141,6 @@ def test_a_batch_that_does_not_fit_is_refused_and_the_connection_lives(
         assert len(client.infer(rows(2))[0]) == 2
 
 
-def hello(role: str = "data") -> bytes:
-    return frames.encode_json(Kind.HELLO, {"role": role, "gateway": "g"})
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        infer_frame(1, 1, (np.ones((1, 4), np.float32),)),
-        frames.encode_json(Kind.HELLO, {"role": "admin"}),
-        frames.encode_prefix(Kind.HELLO, 0, 3, 0) + b"{}}",
-        b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
-        struct.pack("<BBHIQ", Kind.HELLO, 9, 0, 0, 0),
-        frames.encode_prefix(Kind.HELLO, 0, 1 << 19, 0),
-    ],
-)
-def test_a_bad_handshake_is_refused(serve: Serve, linear_backend: Backend, first: bytes) -> None:
-    server = serve(linear_backend)
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(server.unix_path)
-        sock.settimeout(30)
-        sock.sendall(first)
-        answer = read_all(sock)
-    kind, _, meta, _ = frames.decode_prefix(answer)
-    assert kind is Kind.REFUSED
-    assert frames.decode_json(answer[16 : 16 + meta])["error"]
-    with Client.unix(server.unix_path) as client:
-        assert len(client.infer(rows(1))[0]) == 1
-
-
-@pytest.mark.parametrize(
-    ("role", "frame"),
-    [
-        ("data", frames.encode_prefix(Kind.PING, 0, 0, 0)),
-        ("heartbeat", infer_frame(1, 1, (np.ones((1, 4), np.float32),))),
-        ("data", frames.encode_prefix(Kind.INFER, 0, 8, 0) + bytes(8)),
-        ("data", frames.encode_prefix(Kind.INFER, 1, 24, 0) + bytes(24)),
-        ("data", frames.encode_prefix(Kind.INFER, 0, 40, 0) + bytes(40)),
-        ("data", frames.encode_prefix(Kind.INFER, 0, 1 << 21, 0)),
-        ("data", frames.encode_prefix(Kind.INFER, 0, 24, 1 << 40)),
-        ("data", frames.encode_prefix(Kind.INFER, 0, 24, 8) + bytes(32)),
-    ],
-)
-def test_a_malformed_frame_closes_its_connection_only(
-    serve: Serve, linear_backend: Backend, role: str, frame: bytes
-) -> None:
-    server = serve(linear_backend)
-    with Client.unix(server.unix_path) as other, Client.unix(server.unix_path, role) as bad:
-        bad.sock.sendall(frame)
-        assert read_all(bad.sock) == b""
-        assert len(other.infer(rows(2))[0]) == 2
-
-
-def read_all(sock: socket.socket) -> bytes:
-    data = b""
-    with contextlib.suppress(ConnectionResetError):
-        while part := sock.recv(65536):
-            data += part
-    return data
-
-
-GOOD = infer_frame(5, 2, (np.ones((2, 4), np.float32),))
-
-
-@st.composite
-def damaged_frames(draw: st.DrawFn) -> bytes:
-    """Random bytes, or a good frame with some bytes changed, removed or added."""
-    if draw(st.booleans()):
-        return draw(st.binary(max_size=200))
-    frame = bytearray(GOOD)
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, len(frame) - 1))
-        frame[at] = draw(st.integers(0, 255))
-    cut = draw(st.integers(0, len(frame)))
-    return bytes(frame[: draw(st.sampled_from([cut, len(frame)]))] + draw(st.binary(max_size=8)))
-
-
-@settings(
-    max_examples=300,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(damaged_frames())
-def test_damaged_frames_never_hurt_others(
-    serve: Serve, linear_backend: Backend, frame: bytes
-) -> None:
-    server = _shared_server(serve, linear_backend)
-    with Client.unix(server.unix_path) as bad:
-        bad.sock.sendall(frame)
-        bad.sock.shutdown(socket.SHUT_WR)
-        answer = read_all(bad.sock)
-    if answer:
-        # Whatever was answered is a whole frame of a kind that answers INFER.
-        kind, _, meta, payload = frames.decode_prefix(answer)
-        assert kind in (Kind.RESULT, Kind.FAILED)
-        assert len(answer) >= frames.PREFIX.size + meta + payload
-    with Client.unix(server.unix_path) as good:
-        x = np.ones((2, 4), np.float32)
-        np.testing.assert_allclose(good.infer(x)[0], x @ models.LINEAR_W, rtol=1e-5)
-
-
-def _shared_server(serve: Serve, backend: Backend) -> object:
-    """One server for all examples of a property: `serve` is one object for the whole test."""
-    if not hasattr(serve, "shared"):
-        serve.shared = serve(backend)  # type: ignore[attr-defined]
-    return serve.shared  # type: ignore[attr-defined]
-
-
 def test_buckets_pad_and_trim(serve: Serve, linear_backend: Backend) -> None:
     gate = Gate(linear_backend)
     gate.open()
@@ -459,31 +170,18 @@ def test_a_graph_with_frozen_rows_is_padded_up_to_them(serve: Serve, tmp_path: P
             client.infer(rows(5))
 
 
-def test_a_model_without_rows_runs_each_request_alone(
-    serve: Serve, tmp_path: Path, pool: ThreadPoolExecutor
-) -> None:
-    signature = Signature(
-        (TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 2)),), Batch.NONE
-    )
-    gate = Gate(
-        models.cpu_backend(models.rows_depend(tmp_path / "m.onnx"), ONNX_PLATFORM, signature)
-    )
-    server = serve(gate)
-
-    def send(x: np.ndarray) -> np.ndarray:
-        with Client.unix(server.unix_path) as client:
-            return client.infer(x, rows=1)[0]
-
-    arrays = [np.ones((n, 2), np.float32) for n in (4, 4, 5)]
-    sent = [pool.submit(send, arrays[0])]
-    assert gate.entered.acquire(timeout=30)
-    for i, x in enumerate(arrays[1:]):
-        sent.append(pool.submit(send, x))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
-    gate.open()
-    for x, future in zip(arrays, sent, strict=True):
-        np.testing.assert_allclose(future.result(30), 1 / len(x), rtol=1e-5)
-    assert gate.batches == [4, 4, 5]
+def test_an_empty_tensor_of_an_absurd_shape_is_refused(serve: Serve, tmp_path: Path) -> None:
+    model = models.identity(tmp_path / "m.onnx", TensorProto.FLOAT, ("batch", "a", "b"))
+    signature = models.identity_signature("FP32", (-1, -1, -1))
+    backend = models.cpu_backend(model, ONNX_PLATFORM, signature)
+    entry = frames.TensorEntry(0, "FP32", (1, 0, 1 << 62), 0)
+    meta = frames.INFER_HEAD.pack(1, 1, 0, 0) + frames.encode_table([entry])
+    with Client.unix(serve(backend).unix_path) as client:
+        client.batch_id = 1
+        for _ in range(2):
+            client.sock.sendall(frames.encode_prefix(Kind.INFER, 1, len(meta), 0) + meta)
+            with pytest.raises(Failed, match=r"invalid_request: .*out of bounds"):
+                client.read_result()
 
 
 def test_an_empty_tensor_crosses(serve: Serve, tmp_path: Path) -> None:

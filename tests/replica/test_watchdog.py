@@ -38,7 +38,7 @@ class Sleeper:
 engine = Engine(Sleeper(), BatchRules(64))
 server = ReplicaServer(engine, sys.argv[1], {"replica": "r"})
 server.start()
-Watchdog(engine, 0.4).start()
+Watchdog(engine, 2.0).start()
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -70,9 +70,9 @@ def test_a_run_that_hangs_ends_the_process_and_its_connections(run_dir: Path) ->
                 with contextlib.suppress(ConnectionResetError):
                     assert one.sock.recv(1) == b""
         assert child.wait(30) == EXIT_STALLED
-        assert time.monotonic() - started < 10
+        assert 2 <= time.monotonic() - started < 30
         assert child.stderr is not None
-        assert "stall_timeout_s is 0.4" in child.stderr.read()
+        assert "stall_timeout_s is 2" in child.stderr.read()
 
 
 _PARENT = """

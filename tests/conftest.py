@@ -1,14 +1,15 @@
-"""Models that the end-to-end tests serve, registered once."""
+"""Models that tests serve, registered once, and one deployment that tests share."""
 
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from models.zoo.catalogue import build
-from tests.e2e.deployment import register
+from tests.e2e.deployment import Deployment, register
 
 
 def _write_sleeper(directory: Path) -> None:
@@ -53,3 +54,12 @@ def home(registered: Path, tmp_path: Path) -> Path:
     home.mkdir()
     shutil.copy(registered / "registry.db", home)
     return home
+
+
+@pytest.fixture(scope="session")
+def deployment(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """`serving up` with mlp at its champion, shared: leave it as you found it."""
+    home = tmp_path_factory.mktemp("shared")
+    shutil.copy(registered / "registry.db", home)
+    with Deployment(home, {"mlp": {"version": "@champion"}}) as running:
+        yield running

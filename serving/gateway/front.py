@@ -1,0 +1,85 @@
+"""What all HTTP connections of a gateway share: limits, clock, request ids, and the sweep."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import TYPE_CHECKING, Final
+
+from serving.gateway.http import HttpConnection
+from serving.gateway.infer import Pipeline, monotonic
+
+if TYPE_CHECKING:
+    from serving.gateway.routes import Routes
+
+SWEEP_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """Bounds on one connection. Bytes and seconds."""
+
+    max_body_bytes: int
+    max_header_bytes: int
+    keep_alive_s: float
+    read_timeout_s: float
+    write_timeout_s: float
+
+
+class HttpFront:
+    """The connections and what they have in common."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        routes: Routes,
+        limits: HttpLimits,
+        loop: asyncio.AbstractEventLoop,
+        request_id_prefix: str,
+    ) -> None:
+        self.pipeline = pipeline
+        self.routes = routes
+        self.limits = limits
+        self.loop = loop
+        self.connections: set[HttpConnection] = set()
+        self.unrouted: dict[str, int] = {}
+        self.clock = monotonic()
+        self.date = b""
+        self._request_id_prefix = request_id_prefix
+        self._request_number = 0
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    def protocol(self) -> Callable[..., HttpConnection]:
+        """For uvicorn's `http=` setting."""
+        return functools.partial(HttpConnection, self)
+
+    def next_request_id(self) -> str:
+        """An id for a request that brought none, unique across gateways."""
+        self._request_number += 1
+        return f"{self._request_id_prefix}{self._request_number:x}"
+
+    def count_unrouted(self, slug: str) -> None:
+        """Count an inference request that reached no model."""
+        self.unrouted[slug] = self.unrouted.get(slug, 0) + 1
+
+    def sweep(self) -> None:
+        """Enforce the time bounds, twice a second: a timer a request would cost more."""
+        # First the next sweep: no failure of one connection may end them.
+        self._sweeper = self.loop.call_later(SWEEP_S, self.sweep)
+        self.clock = monotonic()
+        self.date = b"date: " + formatdate(usegmt=True).encode() + b"\r\n"
+        for connection in list(self.connections):
+            connection.enforce_time_bounds(self.clock)
+
+    def abort(self) -> None:
+        """Drop every connection."""
+        for connection in list(self.connections):
+            connection.transport.abort()
+
+    def close(self) -> None:
+        """Stop sweeping."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()

@@ -1,0 +1,200 @@
+"""`serving up` ends when it is told to, in whatever state it is, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.deployment import SERVING, Deployment, eventually, free_port, serving
+
+pytestmark = [pytest.mark.cluster]
+
+
+class Terminal:
+    """`serving up` on a terminal of its own, so that Ctrl-C reaches the whole process group."""
+
+    def __init__(self, home: Path, file: Path) -> None:
+        self.output = b""
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            environment = {**os.environ, "SERVING_HOME": str(home), "TERM": "xterm"}
+            os.execve(SERVING[0], [*SERVING, "up", "-f", str(file)], environment)
+
+    def wait_for(self, text: bytes, timeout_s: float = 120.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while text not in self.output:
+            self._read(max(0.0, deadline - time.monotonic()), text)
+
+    def _read(self, timeout_s: float, text: bytes) -> None:
+        readable, _, _ = select.select([self._fd], [], [], timeout_s)
+        assert readable, f"no {text!r} in\n{self.output.decode(errors='replace')}"
+        try:
+            self.output += os.read(self._fd, 65536)
+        except OSError:
+            raise AssertionError(f"ended: {self.output.decode(errors='replace')}") from None
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._fd, b"\x03")
+
+    def wait(self) -> int:
+        """Read to the end; the exit status."""
+        while True:
+            try:
+                chunk = os.read(self._fd, 65536)
+            except OSError:  # how a closed terminal looks on Linux
+                break
+            if not chunk:
+                break
+            self.output += chunk
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._fd)
+        return os.waitstatus_to_exitcode(status)
+
+
+@contextmanager
+def no_process_left(pid: int) -> Iterator[None]:
+    """Whatever `pid` has started by the time the block begins or ends is gone afterwards."""
+    family = psutil.Process(pid).children(recursive=True)
+    yield
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []
+
+
+def configure(home: Path, text: str = "models: {mlp: {version: '1'}}\n") -> Path:
+    file = home / "serving.yaml"
+    ports = f"gateway: {{port: {free_port()}}}\ncontrol: {{port: {free_port()}}}\n"
+    file.write_text(ports + text)
+    return file
+
+
+def test_ctrl_c_on_a_terminal_drains_and_stops(home: Path) -> None:
+    terminal = Terminal(home, configure(home))
+    terminal.wait_for(b"ready: ")
+    terminal.wait_for(b"mlp")
+    with no_process_left(terminal.pid):
+        terminal.press_ctrl_c()
+        assert terminal.wait() == 0, terminal.output.decode(errors="replace")
+    assert b"stopping gateway" in terminal.output
+    assert terminal.output.rstrip().endswith(b"stopped")
+    assert b"Traceback" not in terminal.output
+
+
+def test_ctrl_c_during_the_start_leaves_nothing(home: Path) -> None:
+    terminal = Terminal(home, configure(home))
+    terminal.wait_for(b"starting Ray")
+    eventually(
+        lambda: [p for p in psutil.Process(terminal.pid).children(True) if "gcs" in p.name()],
+        "Ray has begun to start",
+    )
+    with no_process_left(terminal.pid):
+        terminal.press_ctrl_c()
+        assert terminal.wait() == 0, terminal.output.decode(errors="replace")
+    assert b"Traceback" not in terminal.output
+
+
+def test_a_second_ctrl_c_ends_it_at_once(home: Path) -> None:
+    terminal = Terminal(home, configure(home))
+    terminal.wait_for(b"ready: ")
+    with no_process_left(terminal.pid):
+        terminal.press_ctrl_c()
+        terminal.wait_for(b"stopping gateway")
+        terminal.press_ctrl_c()
+        assert terminal.wait() == 128 + signal.SIGINT
+    assert b"Traceback" not in terminal.output
+
+
+def test_down_stops_it_and_then_finds_nothing(home: Path) -> None:
+    with Deployment(home, {"mlp": {"version": "1"}}) as deployment:
+        with no_process_left(deployment.process.pid):
+            done = serving("down", "-f", deployment.file, home=home)
+            assert done.returncode == 0, done.stderr
+            assert deployment.process.wait(10) == 0
+        again = serving("down", "-f", deployment.file, home=home)
+        assert again.returncode == 1
+        assert "nothing runs" in again.stderr
+
+
+def test_a_killed_up_takes_everything_with_it(home: Path) -> None:
+    with Deployment(home, {"mlp": {"version": "1"}}) as deployment:
+        with no_process_left_eventually(deployment.process.pid):
+            deployment.process.kill()
+            deployment.process.wait(10)
+        again = serving("down", "-f", deployment.file, home=home)
+        assert again.returncode == 1, "its lock went with it"
+
+
+@contextmanager
+def no_process_left_eventually(pid: int) -> Iterator[None]:
+    family = psutil.Process(pid).children(recursive=True)
+    yield
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == []
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        ("models: {mlp: {version: '1', device: cuda}}\n", "mlp version 1"),
+        ("models: {mlp: {version: '9'}}\n", "no version '9'"),
+        ("models: {tampered: {version: '1'}}\n", "model.onnx"),
+    ],
+)
+def test_a_model_that_cannot_start_ends_up_with_one_line(
+    home: Path, registered: Path, tmp_path: Path, models: str, words: str
+) -> None:
+    if "tampered" in models:
+        _register_and_tamper(home, registered, tmp_path)
+    done = serving("up", "-f", configure(home, models), home=home)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not [p for p in psutil.process_iter(["cmdline"]) if _belongs(p, home)]
+
+
+def _register_and_tamper(home: Path, registered: Path, tmp_path: Path) -> None:
+    from models.zoo.catalogue import build
+
+    model = build("mlp", tmp_path / "zoo")
+    done = serving("register", "tampered", model, home=home)
+    assert done.returncode == 0, done.stderr
+    (stored,) = (home / "registry.db.artifacts" / "tampered").rglob("model.onnx")
+    content = bytearray(stored.read_bytes())
+    content[-1] ^= 1
+    stored.chmod(0o644)
+    stored.write_bytes(content)
+
+
+def _belongs(process: psutil.Process, home: Path) -> bool:
+    return any(str(home) in part for part in process.info["cmdline"] or ())
+
+
+def test_on_a_cluster_it_deploys_returns_and_is_removed(home: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        env = {"RAY_ADDRESS": cluster.address}
+        file = configure(home)
+        up = serving("up", "-f", file, home=home, env=env)
+        assert up.returncode == 0, up.stderr
+        assert "ready: " in up.stdout
+        status = serving("status", "-f", file, home=home)
+        assert "ready" in status.stdout, status.stderr
+        again = serving("up", "-f", file, home=home, env=env)
+        assert again.returncode == 1
+        assert "already runs" in again.stderr
+        down = serving("down", "-f", file, home=home, env=env)
+        assert down.returncode == 0, down.stderr
+        assert serving("status", "-f", file, home=home).returncode == 1
+        assert "nothing of ours" in serving("down", "-f", file, home=home, env=env).stderr
+    finally:
+        cluster.shutdown()

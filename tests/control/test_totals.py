@@ -1,0 +1,104 @@
+"""Sums over gateways, their restarts, and quantiles."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.control.totals import BASE, MAX_INSTANCES, Histogram, Totals
+from tests.control.world import gateway_report, model_row
+
+
+def totals_of(totals: Totals) -> dict[tuple[str, str], dict[str, int]]:
+    return {key: arm.requests for key, arm in totals.sum().items()}
+
+
+def test_a_later_report_replaces_an_earlier_one_of_the_same_gateway() -> None:
+    totals = Totals({})
+    totals.report(gateway_report("g1", models=[model_row("1", 5)]), 0.0)
+    totals.report(gateway_report("g1", models=[model_row("1", 8)]), 1.0)
+    totals.report(gateway_report("g2", models=[model_row("1", 2), model_row("2", 1)]), 1.0)
+    assert totals_of(totals) == {("m", "1"): {"success": 10}, ("m", "2"): {"success": 1}}
+
+
+def test_a_restarted_gateway_adds_to_what_it_was() -> None:
+    totals = Totals({})
+    totals.report(gateway_report("g1", models=[model_row("1", 5)], started_at=1.0), 0.0)
+    totals.report(gateway_report("g1", models=[model_row("1", 2)], started_at=9.0), 9.0)
+    assert totals_of(totals) == {("m", "1"): {"success": 7}}
+
+
+def test_gauges_are_those_of_the_living() -> None:
+    totals = Totals({})
+    row = model_row("1", 5, queue_depth=3, in_flight=2)
+    totals.report(gateway_report("g1", models=[row]), 0.0)
+    totals.report(gateway_report("g2", models=[row]), 10.0)
+    arm = totals.sum(totals.live(10.0, 1.0))["m", "1"]
+    assert (arm.total, arm.queue_depth, arm.in_flight) == (10, 3, 2)
+
+
+def test_only_changed_counts_are_written() -> None:
+    totals = Totals({})
+    totals.report(gateway_report("g1", models=[model_row("1", 5)]), 0.0)
+    (unsaved,) = totals.unsaved().items()
+    totals.saved(*unsaved)
+    totals.report(gateway_report("g1", models=[model_row("1", 5, queue_depth=9)]), 1.0)
+    assert totals.unsaved() == {}
+    totals.report(gateway_report("g1", models=[model_row("1", 6)]), 2.0)
+    assert list(totals.unsaved()) == ["g1@1.0"]
+
+
+def test_the_dead_are_folded_without_losing_or_repeating_a_count() -> None:
+    totals = Totals({})
+    many = MAX_INSTANCES + 10
+    for n in range(many):
+        report = gateway_report(f"g{n}", models=[model_row("1", 1)], unrouted={"not_found": 1})
+        totals.report(report, float(n))
+    now = many + 1000.0
+    past = totals.excess(now, 1.0)
+    assert len(past) == 10
+    base = totals.folded(past)
+    totals.fold(base, past)
+    assert totals.excess(now, 1.0) == []
+    assert totals_of(totals) == {("m", "1"): {"success": many}}
+    assert totals.unrouted() == {"not_found": many}
+    totals.report(gateway_report("g0", models=[model_row("1", 1)]), now)
+    assert totals_of(totals) == {("m", "1"): {"success": many}}, "a report that was late"
+    stored = {BASE: json.loads(json.dumps(base)), **totals.unsaved()}
+    assert totals_of(Totals(stored)) == {("m", "1"): {"success": many}}
+
+
+def test_a_malformed_report_raises_and_counts_nothing() -> None:
+    totals = Totals({})
+    broken = gateway_report("g1", models=[{**model_row("1", 1), "latency": None}])
+    with pytest.raises(TypeError):
+        totals.report(broken, 0.0)
+    assert totals.sum() == {}
+
+
+def test_quantiles_interpolate_inside_a_bucket() -> None:
+    histogram = Histogram((1.0, 2.0, 4.0), [0, 10, 10, 0], 0.0)
+    assert histogram.quantile(0.5) == 2.0
+    assert histogram.quantile(0.25) == 1.5
+    assert histogram.quantile(0.75) == 3.0
+    assert Histogram.empty((1.0,)).quantile(0.5) is None
+    assert Histogram((1.0,), [0, 3], 0.0).quantile(0.99) == 1.0, "beyond the last bound"
+
+
+COUNTS = st.lists(st.integers(0, 50), min_size=5, max_size=5)
+
+
+@given(COUNTS, COUNTS)
+def test_other_bounds_lose_no_observation_and_claim_no_smaller_value(
+    counts: list[int], others: list[int]
+) -> None:
+    ours = Histogram((1.0, 2.0, 4.0, 8.0), list(counts), 1.0)
+    ours.add((0.5, 2.0, 3.0, 9.0), others, 2.0)
+    assert ours.count == sum(counts) + sum(others)
+    assert ours.sum == 3.0
+    for i, bound in enumerate(ours.bounds):
+        at_most = sum(n for b, n in zip((0.5, 2.0, 3.0, 9.0), others, strict=False) if b <= bound)
+        assert sum(ours.counts[: i + 1]) == sum(counts[: i + 1]) + at_most

@@ -1,0 +1,77 @@
+"""`make demo` for real: trains, registers, serves, posts, prints, and leaves nothing running."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    # Short: Ray puts unix sockets in TMPDIR, whose paths end at 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="demo-", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def demo(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "models.digits.demo"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "TMPDIR": str(directory)},
+        start_new_session=True,
+    )
+    with process:
+        yield process
+        process.kill()
+
+
+def marked(directory: Path) -> list[psutil.Process]:
+    """What runs with `directory` as its place for temporary files."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TMPDIR") == str(directory):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_both_versions_answer_and_nothing_is_left(demo, directory):
+    output, _ = demo.communicate(timeout=280)
+    assert demo.returncode == 0, output
+    rows = {
+        version: (digest, runtime, accuracy)
+        for version, digest, runtime, accuracy in re.findall(
+            r"^ *([12]) +([0-9a-f]{8}) +(\w+) +cpu +1,796 +([\d.]+)%", output, re.MULTILINE
+        )
+    }
+    assert set(rows) == {"1", "2"}, output
+    assert (rows["1"][1], rows["2"][1]) == ("onnx", "torch")
+    assert 90 < float(rows["1"][2]) < float(rows["2"][2]) <= 100
+    assert marked(directory) == []
+    assert list(directory.glob("serving-demo-*")) == []
+
+
+def test_interrupted_at_the_start_of_the_gateway_it_leaves_nothing(demo, directory):
+    for line in demo.stdout:
+        if "version 2 registered" in line:
+            break
+    os.killpg(demo.pid, signal.SIGINT)
+    output, _ = demo.communicate(timeout=120)
+    assert demo.returncode == 130, output
+    assert output.splitlines()[-1] == "demo: interrupted; everything it started is stopped"
+    assert marked(directory) == []
+    assert list(directory.glob("serving-demo-*")) == []
