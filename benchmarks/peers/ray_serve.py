@@ -2,10 +2,10 @@
 
     python -m benchmarks.peers.ray_serve mlp.onnx 18020 default
 
-`default` sets nothing. `batched` gives `@serve.batch` the gateway's own batching (up to 64 rows, no
-wait for batch-mates) and lets all requests in at once. `fastest` adds every switch that Ray Serve
-has for throughput: HAProxy in front, replicas that listen for themselves, user code on the
-replica's loop, workers at normal priority.
+`default` sets nothing. `flags` sets Ray Serve's two switches for throughput: HAProxy in front of
+replicas that listen for themselves, and user code on the replica's loop. `fastest` also gives
+`@serve.batch` the gateway's own batching (up to 64 rows, no wait for batch-mates), lets all
+requests in at once, and runs the workers at normal priority: the most that could be got out of it.
 """
 
 from __future__ import annotations
@@ -14,37 +14,44 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FASTEST_ENVIRONMENT = {
+_FLAGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_worker_niceness": "0",
     # How long a replica lingers at shutdown; no request meets it.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
 }
-MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    # mode: settings of @serve.batch, settings of @serve.deployment
-    "default": ({}, {}),
-    "batched": (
-        {"max_batch_size": 64, "batch_wait_timeout_s": 0},
-        {"max_ongoing_requests": 1000},
-    ),
-    "fastest": (
-        {"max_batch_size": 64, "batch_wait_timeout_s": 0},
-        {"max_ongoing_requests": 1000},
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """Settings of `@serve.batch`, of `@serve.deployment`, and of the environment."""
+
+    batch: Mapping[str, Any] = field(default_factory=dict)
+    deployment: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+MODES = {
+    "default": Mode(),
+    "flags": Mode(environment=_FLAGS),
+    "fastest": Mode(
+        batch={"max_batch_size": 64, "batch_wait_timeout_s": 0},
+        deployment={"max_ongoing_requests": 1000},
+        environment={**_FLAGS, "RAY_worker_niceness": "0"},
     ),
 }
 
 
-def application(model: Path, mode: str) -> Any:
+def application(model: Path, mode: Mode) -> Any:
     """The bound Serve application. Ray must not have been imported with other settings before."""
     from ray import serve
-
-    batch_settings, deployment_settings = MODES[mode]
 
     class Model:
         def __init__(self, path: str) -> None:
@@ -52,7 +59,7 @@ def application(model: Path, mode: str) -> Any:
 
             self._session = cpu_session(Path(path))
 
-        @serve.batch(**batch_settings)  # type: ignore[untyped-decorator]
+        @serve.batch(**mode.batch)  # type: ignore[untyped-decorator]
         async def run(self, rows: list[Any]) -> list[Any]:
             return list(self._session.run(None, {"x": np.concatenate(rows)})[0])
 
@@ -63,16 +70,14 @@ def application(model: Path, mode: str) -> Any:
             output = {"name": "p", "datatype": "FP32", "shape": [1, len(row)], "data": row.tolist()}
             return {"model_name": "mlp", "model_version": "1", "outputs": [output]}
 
-    return serve.deployment(**deployment_settings)(Model).bind(str(model.absolute()))
+    return serve.deployment(**mode.deployment)(Model).bind(str(model.absolute()))
 
 
 def main() -> None:
     """Deploy, then serve until SIGINT or SIGTERM."""
-    model, port, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if mode == "fastest":
-        os.environ.update(FASTEST_ENVIRONMENT)
+    model, port, mode = Path(sys.argv[1]), int(sys.argv[2]), MODES[sys.argv[3]]
     # Ray reads its environment when it is imported.
+    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", **mode.environment})
     import ray
     from ray import serve
 

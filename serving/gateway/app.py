@@ -8,7 +8,7 @@ from typing import Any, Final
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -35,7 +35,7 @@ def create_app(routes: Routes, server_name: str) -> Starlette:
     api = _Api(routes, server_name)
     model = "/v2/models/{model}"
     version = model + "/versions/{version}"
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v2", api.server_metadata),
             Route("/v2/", api.server_metadata),
@@ -44,14 +44,20 @@ def create_app(routes: Routes, server_name: str) -> Starlette:
             *(Route(base, api.model_metadata) for base in (model, version)),
             *(Route(base + "/ready", api.model_ready) for base in (model, version)),
             *(Route(base + "/config", api.model_config) for base in (model, version)),
+            # The connection takes these itself; here are the methods that they do not have.
+            *(Route(base + "/infer", api.infer, methods=["POST"]) for base in (model, version)),
             Route("/v2/repository/index", api.repository_index, methods=["POST"]),
         ],
         exception_handlers={
             ServingError: _serving_error,
             HTTPException: _http_error,
+            ClientDisconnect: _nobody,
             Exception: _unknown_error,
         },
     )
+    # A redirect would quote the Host header, and no client of the protocol needs one.
+    app.router.redirect_slashes = False
+    return app
 
 
 class _Api:
@@ -81,6 +87,9 @@ class _Api:
 
     async def model_config(self, request: Request) -> Response:
         return _json(metadata.model_config(self._arm(request)))
+
+    async def infer(self, request: Request) -> Response:
+        raise AssertionError("inference is not for Starlette")
 
     async def repository_index(self, request: Request) -> Response:
         body = await request.body()
@@ -129,6 +138,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _error(message, error.status_code, dict(error.headers or {}))
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    """The client went away in the middle of its body: what is answered goes nowhere."""
+    return Response()
 
 
 async def _unknown_error(request: Request, error: Exception) -> Response:

@@ -10,14 +10,16 @@ from serving.errors import InvalidRequest, PayloadTooLarge, UnsupportedEncoding
 
 # Smaller replies grow, or gain less than a packet, when compressed.
 MIN_COMPRESSED_BYTES: Final = 1024
-# Beyond this, (de)compression takes milliseconds and is kept off the event loop.
-INLINE_BYTES: Final = 64 << 10
+# Beyond these, the work takes milliseconds and is kept off the event loop. What is inflated may
+# grow a thousandfold.
+INLINE_DEFLATE_BYTES: Final = 64 << 10
+INLINE_INFLATE_BYTES: Final = 4 << 10
 _LEVEL: Final = 1
 _GZIP_WBITS: Final = 31
 _ZLIB_WBITS: Final = 15
 
 
-def decompress(data: bytes, encoding: str, max_bytes: int) -> bytes:
+def decompress(data: bytes | bytearray, encoding: str, max_bytes: int) -> bytes | bytearray:
     """A request body in `Content-Encoding: encoding`, decoded.
 
     "deflate" is the zlib format of RFC 9110 §8.4.1.2. Raises `UnsupportedEncoding`,
@@ -64,7 +66,7 @@ def choose(accept_encoding: bytes) -> str:
     return best
 
 
-def compress(parts: Sequence[bytes | memoryview], encoding: str) -> bytes:
+def compress(parts: Sequence[bytes | bytearray | memoryview], encoding: str) -> bytes:
     """A reply body, compressed."""
     wbits = _ZLIB_WBITS if encoding == "deflate" else _GZIP_WBITS
     stream = zlib.compressobj(_LEVEL, wbits=wbits)

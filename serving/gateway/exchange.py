@@ -14,6 +14,7 @@ from serving.core.protocol import encode_error, parse_json_length
 from serving.errors import InvalidRequest, ServingError
 from serving.gateway import encoding
 from serving.gateway.infer import MAX_TIMEOUT_S, Call, Timing, monotonic
+from serving.gateway.targets import model_and_version
 
 if TYPE_CHECKING:
     from serving.gateway.http import HttpConnection
@@ -24,6 +25,11 @@ _STATUS: Final = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s i
 _MAX_ID: Final = 128
 # Replies below this are joined into one buffer; a large one is written without a copy.
 _JOIN_BYTES: Final = 1 << 16
+
+_Buffer = bytes | bytearray | memoryview
+_Work = Callable[[], bytes | bytearray]
+_Then = Callable[[bytes | bytearray], None]
+_Refuse = Callable[[Exception], None]
 
 
 class Exchange:
@@ -40,8 +46,8 @@ class Exchange:
         "_json_length",
         "_request_id",
         "_timeout",
+        "body",
         "call",
-        "chunks",
         "connection",
         "content_length",
         "disconnected",
@@ -58,7 +64,7 @@ class Exchange:
         self.keep_alive = keep_alive
         self.connection = connection
         self.path = path
-        self.chunks: list[bytes] = []
+        self.body: bytes | bytearray = b""
         self.received = False
         self.content_length = 0
         self.expect_continue = False
@@ -71,8 +77,11 @@ class Exchange:
         self._error: Exception | None = None
         self._arrival = 0.0
 
-    def read_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Note the headers that matter; names are lower-case. What is wrong is refused in `run`."""
+    def read_headers(self, headers: Sequence[tuple[bytes, bytes]], modern: bool) -> None:
+        """Note the headers that matter; names are lower-case. What is wrong is refused in `run`.
+
+        `modern` is HTTP/1.1; before it there is no `Expect`.
+        """
         for name, value in headers:
             if name == b"content-length":
                 self.content_length = int(value)  # the parser has checked it
@@ -87,62 +96,73 @@ class Exchange:
             elif name == b"x-request-timeout-ms":
                 self._timeout = value
             elif name == b"expect" and value.lower() == b"100-continue":
-                self.expect_continue = True
+                self.expect_continue = modern
+
+    def add(self, piece: bytes) -> None:
+        """Append to the body. Pieces may be tiny: they are not kept as objects of their own."""
+        if not self.body:
+            self.body = piece
+            return
+        if isinstance(self.body, bytes):
+            self.body = bytearray(self.body)
+        self.body += piece
 
     def refuse(self, error: Exception) -> None:
         """Answer with `error` when the turn comes, and close."""
         self._error = error
         self.keep_alive = False
         self.received = True
-        self.chunks = []
+        self.body = b""
 
     def run(self) -> None:
         """It is this exchange's turn and its body is there."""
         self._arrival = monotonic()
         if self._error is not None:
-            self._fail(self._error)
+            self._refuse(self._error)
             return
-        chunks, self.chunks = self.chunks, []
-        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        body, self.body = self.body, b""
         if not self._content_encoding:
             self._submit(body)
             return
         name = self._content_encoding.decode("latin-1")
         limit = self.connection.front.limits.max_body_bytes
 
-        def inflate() -> bytes:
+        def inflate() -> bytes | bytearray:
             return encoding.decompress(body, name, limit)
 
-        self._off_loop(len(body), inflate, self._submit)
+        inline = len(body) <= encoding.INLINE_INFLATE_BYTES
+        self._run_work(inline, inflate, self._submit, self._refuse)
 
-    def _submit(self, body: bytes) -> None:
+    def _submit(self, body: bytes | bytearray) -> None:
         front = self.connection.front
-        arm = front.routes.infer_paths.get(self.path)
         try:
+            arm = front.routes.infer_paths.get(self.path)
             if arm is None:
-                arm = front.routes.arm(*_model_and_version(self.path))
+                arm = front.routes.arm(*model_and_version(self.path))
             json_length = parse_json_length(self._json_length)
             timeout = None if self._timeout is None else _parse_timeout(self._timeout)
             if self._request_id is not None and not _is_request_id(self._request_id):
-                self._request_id = None
                 raise InvalidRequest(
                     f"header x-request-id must be 1 to {_MAX_ID} printable ASCII characters"
                 )
             request = arm.codec.decode(body, json_length)
-        except ServingError as error:
-            if arm is None:
-                front.count_unrouted(error.slug)
-            else:
-                arm.recorder.refused(error.slug, monotonic() - self._arrival)
-            self._fail(error)
-            return
         except Exception as error:
-            self._fail(error)
+            self._refuse(error)
             return
         try:
             self.call = front.pipeline.submit(arm, request, self, self._arrival, timeout)
-        except ServingError as error:
+        except Exception as error:
             self._fail(error)
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer with an error that was met before admission, and count it."""
+        front = self.connection.front
+        slug = error.slug if isinstance(error, ServingError) else ServingError.slug
+        if arm := front.routes.infer_paths.get(self.path):
+            arm.recorder.refused(slug, monotonic() - self._arrival)
+        else:
+            front.count_unrouted(slug)
+        self._fail(error)
 
     # The sink.
 
@@ -190,40 +210,41 @@ class Exchange:
     def disconnect(self) -> None:
         """The client is gone."""
         self.disconnected = True
-        self.chunks = []
-        if self.call is not None:
-            self.call.cancel()
+        self.body = b""
+        # The call refers back here, and holds the request.
+        call, self.call = self.call, None
+        if call is not None:
+            call.cancel()
 
     # Replies.
 
-    def _write_compressed(
-        self, head: bytes, parts: Sequence[bytes | memoryview], size: int
-    ) -> None:
+    def _write_compressed(self, head: bytes, parts: Sequence[_Buffer], size: int) -> None:
         chosen = encoding.choose(self._accept_encoding)
         if not chosen:
             self._write(200, head, parts, size)
             return
         head += b"content-encoding: %b\r\nvary: accept-encoding\r\n" % chosen.encode()
 
-        def write(body: bytes) -> None:
+        def write(body: bytes | bytearray) -> None:
             self._write(200, head, (body,), len(body))
 
-        self._off_loop(size, lambda: encoding.compress(parts, chosen), write)
+        inline = size <= encoding.INLINE_DEFLATE_BYTES
+        self._run_work(inline, lambda: encoding.compress(parts, chosen), write, self._fail)
 
     def _fail(self, error: Exception) -> None:
         if not isinstance(error, ServingError):
             log.error("inference failed", exc_info=error)
             error = ServingError("internal error")
+        if self._request_id is not None and not _is_request_id(self._request_id):
+            self._request_id = None
         head = b"content-type: application/json\r\n"
         if error.retry_after_s is not None:
             head += b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
         body = encode_error(str(error))
         self._write(error.http_status, head, (body,), len(body))
 
-    def _write(
-        self, status: int, head: bytes, parts: Sequence[bytes | memoryview], size: int
-    ) -> None:
-        if self.disconnected:
+    def _write(self, status: int, head: bytes, parts: Sequence[_Buffer], size: int) -> None:
+        if self.disconnected or self.response_complete:
             return
         connection = self.connection
         front = connection.front
@@ -244,40 +265,27 @@ class Exchange:
             connection.transport.writelines((head, *parts))
         self.response_complete = True
         self.call = None
-        connection.exchange_complete(self)
+        if not self.keep_alive:
+            connection.end()
+        connection.on_response_complete()
 
-    def _off_loop(
-        self, size: int, work: Callable[[], bytes], then: Callable[[bytes], None]
-    ) -> None:
-        """Run `work` here if `size` is small, else in a thread; go on with its result."""
-        if size <= encoding.INLINE_BYTES:
-            try:
-                result = work()
-            except ServingError as error:
-                self._fail(error)
-            else:
-                then(result)
+    def _run_work(self, inline: bool, work: _Work, then: _Then, refuse: _Refuse) -> None:
+        """Go on with the result of `work`: at once, or when a thread has done it."""
+        if inline:
+            self._work_done(work, then, refuse)
             return
-        self.connection.front.loop.create_task(self._in_thread(work, then))
+        future = self.connection.front.loop.run_in_executor(None, work)
+        future.add_done_callback(lambda done: self._work_done(done.result, then, refuse))
 
-    async def _in_thread(self, work: Callable[[], bytes], then: Callable[[bytes], None]) -> None:
+    def _work_done(self, result: _Work, then: _Then, refuse: _Refuse) -> None:
+        if self.disconnected:
+            return
         try:
-            result = await self.connection.front.loop.run_in_executor(None, work)
-        except ServingError as error:
-            self._fail(error)
-            return
-        if not self.disconnected:
-            then(result)
-
-
-def _model_and_version(path: bytes) -> tuple[str, str | None]:
-    """The names in /v2/models/M[/versions/V]/infer. Raises `InvalidRequest`."""
-    parts = path.decode("utf-8", "replace").split("/")
-    if len(parts) == 5:
-        return parts[3], None
-    if len(parts) == 7 and parts[4] == "versions":
-        return parts[3], parts[5]
-    raise InvalidRequest("the path is not of the form /v2/models/MODEL[/versions/VERSION]/infer")
+            data = result()
+        except Exception as error:
+            refuse(error)
+        else:
+            then(data)
 
 
 def _parse_timeout(value: bytes) -> float:

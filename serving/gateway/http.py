@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import httptools
@@ -25,13 +26,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from serving.errors import (
-    HeadersTooLarge,
-    InvalidRequest,
-    MethodNotAllowed,
-    PayloadTooLarge,
-    RequestTimeout,
-)
+from serving import errors
 from serving.gateway.exchange import Exchange
 from serving.gateway.infer import monotonic
 from serving.gateway.targets import normal_path, origin_form
@@ -49,6 +44,8 @@ LINGER_S: Final = 2.0
 
 class HttpConnection(HttpToolsProtocol):
     """One client connection."""
+
+    pipeline: deque[tuple[Any, Any]]
 
     def __init__(
         self,
@@ -112,7 +109,7 @@ class HttpConnection(HttpToolsProtocol):
         limit = self.front.limits.max_header_bytes
         if self._loose_bytes > limit and not self._dead:
             what = "head" if self._in_head else "chunk framing or trailers"
-            self.refuse(HeadersTooLarge(f"the request's {what} exceeds {limit} bytes"))
+            self.refuse(errors.HeadersTooLarge(f"the request's {what} exceeds {limit} bytes"))
 
     def _parse(self, pieces: list[bytes | memoryview]) -> None:
         while pieces and not self._dead:
@@ -128,7 +125,7 @@ class HttpConnection(HttpToolsProtocol):
                 self.transport.abort()
             except httptools.HttpParserError as error:
                 if not self._dead:
-                    self.refuse(InvalidRequest(f"malformed HTTP: {error}"))
+                    self.refuse(errors.InvalidRequest(f"malformed HTTP: {error}"))
 
     def _decline_upgrade(self, pieces: list[bytes | memoryview]) -> None:
         """Serve the request in HTTP/1.1: no upgrade is offered, so its header has no meaning.
@@ -139,7 +136,7 @@ class HttpConnection(HttpToolsProtocol):
         self._upgrading = False
         method = self.parser.get_method()
         if method == b"CONNECT":
-            self.refuse(MethodNotAllowed("this server is no proxy: CONNECT is not allowed"))
+            self.refuse(errors.MethodNotAllowed("this server is no proxy: CONNECT is not allowed"))
             return
         version = self.parser.get_http_version().encode()
         lines = [b"%b %b HTTP/%b\r\n" % (method, self.url, version)]
@@ -201,7 +198,7 @@ class HttpConnection(HttpToolsProtocol):
             size += len(name) + len(value)
         limit = self.front.limits.max_header_bytes
         if size > limit:
-            self.refuse(HeadersTooLarge(f"the request's head exceeds {limit} bytes"))
+            self.refuse(errors.HeadersTooLarge(f"the request's head exceeds {limit} bytes"))
             return
         path = self.url.partition(b"?")[0]
         if parser.get_method() == b"POST":
@@ -221,38 +218,28 @@ class HttpConnection(HttpToolsProtocol):
         if exchange.content_length > self.front.limits.max_body_bytes:
             self._refuse_body()
             return
-        if exchange.expect_continue and self.active is None:
-            self.transport.write(_CONTINUE)
         self._start_or_queue(exchange)
+        if exchange.expect_continue and exchange is self.active:
+            self.transport.write(_CONTINUE)
 
     def _begin_asgi(self) -> None:
-        if self.url[:1] != b"/":
-            self.url = origin_form(self.url)
-        self.scope = {
-            "type": "http",
-            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
-            "http_version": "1.1",
-            "server": self.server,
-            "client": self.client,
-            "scheme": self.scheme,  # type: ignore[typeddict-item]
-            "root_path": self.root_path,
-            "headers": self.headers,
-            "state": self.app_state.copy(),
-        }
-        size = 0
-        for name, value in self.headers:
+        url, headers = self.url, self.headers
+        super().on_message_begin()
+        self.url = url if url.startswith(b"/") else origin_form(url)
+        self.headers = self.scope["headers"] = headers
+        for name, value in headers:
             if name == b"expect" and value.lower() == b"100-continue":
                 self.expect_100_continue = self.parser.get_http_version() != "1.0"
-            elif name == b"content-length":
-                size = int(value)
-        if size > self.front.limits.max_body_bytes:
-            self._refuse_body()
-            return
+            elif name == b"content-length" and int(value) > self.front.limits.max_body_bytes:
+                self._refuse_body()
+                return
         try:
             super().on_headers_complete()
             self.incoming = self.cycle
         except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
-            self.refuse(InvalidRequest("malformed HTTP: the request target is not a valid URL"))
+            self.refuse(
+                errors.InvalidRequest("malformed HTTP: the request target is not a valid URL")
+            )
 
     @override
     def on_body(self, body: bytes) -> None:
@@ -290,7 +277,7 @@ class HttpConnection(HttpToolsProtocol):
                 exchange.run()
         else:
             self.flow.pause_reading()
-            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+            self.pipeline.appendleft((exchange, self.app))
 
     @override
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -304,12 +291,6 @@ class HttpConnection(HttpToolsProtocol):
         self.active = None
         self._since = self.front.clock
         self._advance()
-
-    def exchange_complete(self, exchange: Exchange) -> None:
-        """An exchange has written its reply."""
-        if not exchange.keep_alive:
-            self._end()
-        self.on_response_complete()
 
     def _advance(self) -> None:
         """Begin to answer the next request. Many may be answered at once, so no recursion."""
@@ -349,7 +330,7 @@ class HttpConnection(HttpToolsProtocol):
             if exchange.expect_continue:
                 self.transport.write(_CONTINUE)
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Close behind the last reply: at first our half only, if the client may still be sending.
 
         Closing with unread bytes in the socket would reset the connection, and the reset can
@@ -383,13 +364,13 @@ class HttpConnection(HttpToolsProtocol):
         """Put `exchange` where `incoming` waits, or return True if it has no place yet."""
         for i, (waiting, app) in enumerate(self.pipeline):
             if waiting is incoming:
-                self.pipeline[i] = (exchange, app)  # type: ignore[assignment]
+                self.pipeline[i] = (exchange, app)
                 self.cycle = exchange  # type: ignore[assignment]
                 return False
         if isinstance(incoming, Exchange):
             return True
         if incoming.response_complete:
-            self._end()
+            self.end()
             return False
         if incoming.response_started:
             self.transport.close()
@@ -402,7 +383,7 @@ class HttpConnection(HttpToolsProtocol):
 
     def _refuse_body(self) -> None:
         limit = self.front.limits.max_body_bytes
-        self.refuse(PayloadTooLarge(f"the request body exceeds {limit} bytes"))
+        self.refuse(errors.PayloadTooLarge(f"the request body exceeds {limit} bytes"))
 
     def enforce_time_bounds(self, now: float) -> None:
         """Close what is idle, refuse what arrives too slowly, drop who does not read."""
@@ -419,7 +400,9 @@ class HttpConnection(HttpToolsProtocol):
             waited = now - self._since > limits.read_timeout_s
             if waited and not self._dead and not self.flow.read_paused:
                 self.refuse(
-                    RequestTimeout(f"the request did not arrive within {limits.read_timeout_s} s")
+                    errors.RequestTimeout(
+                        f"the request did not arrive within {limits.read_timeout_s} s"
+                    )
                 )
         elif self.active is None and now - self._since > limits.keep_alive_s:
             self.transport.close()

@@ -7,6 +7,8 @@ import logging
 import struct
 from typing import Final
 
+from typing_extensions import override
+
 from serving.core import frames
 from serving.core.frames import FrameError, Kind
 
@@ -28,12 +30,15 @@ class FrameReceiver(asyncio.BufferedProtocol):
         self._need = _PREFIX
         self._large: memoryview | None = None
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
 
+    @override
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._view[self._have :] if self._large is None else self._large[self._have :]
 
+    @override
     def buffer_updated(self, nbytes: int) -> None:
         self._have += nbytes
         try:

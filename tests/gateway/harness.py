@@ -97,7 +97,7 @@ class Gateway:
         self._factory = loop_factory
         self._started = threading.Event()
         self._revisions = itertools.count(1)
-        self._thread = threading.Thread(target=self._main, name="gateway")
+        self._thread = threading.Thread(target=self._main, name="gateway", daemon=True)
         self._failure: BaseException | None = None
 
     def _main(self) -> None:
