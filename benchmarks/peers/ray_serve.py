@@ -82,7 +82,13 @@ def main() -> None:
     from ray import serve
 
     stop = threading.Event()
-    ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
+    # "local": never join a Ray that happens to run on this machine.
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        logging_level="ERROR",
+    )
     try:
         # After ray.init, whose own handlers end the process without a shutdown.
         for number in (signal.SIGINT, signal.SIGTERM):

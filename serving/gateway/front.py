@@ -7,15 +7,13 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from serving.gateway.http import HttpConnection
+from serving.gateway.http import SWEEP_S, HttpConnection
 from serving.gateway.infer import Pipeline, monotonic
 
 if TYPE_CHECKING:
     from serving.gateway.routes import Routes
-
-SWEEP_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _PREFIX: Final = b"/v2/models/"
 _SUFFIX: Final = b"/infer"
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+SWEEP_S: Final = 0.5
 LINGER_S: Final = 2.0
 
 
@@ -388,6 +389,8 @@ class HttpConnection(HttpToolsProtocol):
     def enforce_time_bounds(self, now: float) -> None:
         """Close what is idle, refuse what arrives too slowly, drop who does not read."""
         limits = self.front.limits
+        # `_since` was read off the sweep's clock, and may be as early as the sweep before it.
+        waited = now - self._since - SWEEP_S
         if self._lingering or self.transport.is_closing():
             self._ending_since = self._ending_since or now
             patience = LINGER_S if self._lingering else limits.write_timeout_s
@@ -397,12 +400,12 @@ class HttpConnection(HttpToolsProtocol):
             if now - self._blocked_since > limits.write_timeout_s:
                 self.transport.abort()
         elif self._receiving:
-            waited = now - self._since > limits.read_timeout_s
-            if waited and not self._dead and not self.flow.read_paused:
+            late = waited > limits.read_timeout_s
+            if late and not self._dead and not self.flow.read_paused:
                 self.refuse(
                     errors.RequestTimeout(
                         f"the request did not arrive within {limits.read_timeout_s} s"
                     )
                 )
-        elif self.active is None and now - self._since > limits.keep_alive_s:
+        elif self.active is None and waited > limits.keep_alive_s:
             self.transport.close()

@@ -111,7 +111,7 @@ def mlp_answer(x: np.ndarray) -> np.ndarray:
 def build(name: str, directory: Path) -> Backend:
     """A real ONNX Runtime session: mlp, strings, simple, wide, whole or frozen."""
     import onnx
-    from onnx import TensorProto as T  # noqa: N814
+    from onnx import TensorProto as T
     from onnx import helper, numpy_helper
 
     node, value = helper.make_node, helper.make_tensor_value_info
