@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from serving.config import ServingConfig
-from serving.errors import ClusterError, ConflictError
+from serving.errors import ClusterError, operator_error
 
 REPLICA_CLASS: Final = "serving.replica.deployment:ModelReplica"
 CONTROLLER_APP: Final = "controller"
@@ -52,14 +51,19 @@ _EMBEDDED_FLAGS: Final = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
+_RUN: Final = "run"
+# 107 less "/", 8 characters of hash, "/" and "r-<16 characters>.sock".
+_RUN_DIR_LENGTH: Final = 74
 _DELETE_S: Final = 60.0
+_CALL_TIMEOUT_S: Final = 10.0
+_APPLY_TIMEOUT_S: Final = 600.0
 _OBJECT_STORE_BYTES: Final = 128 << 20
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
 
-def prepare_environment(*, embedded: bool) -> None:
-    """Set Ray's flags; must come before ray is imported. A flag set by the operator is kept."""
-    for name, value in (_EMBEDDED_FLAGS if embedded else SERVE_FLAGS).items():
+def prepare_environment() -> None:
+    """Set the embedded Ray's flags, before ray is imported. One set by the operator is kept."""
+    for name, value in _EMBEDDED_FLAGS.items():
         os.environ.setdefault(name, value)
 
 
@@ -84,96 +88,12 @@ def external_cluster() -> str | None:
     return os.environ.get("RAY_ADDRESS") or None
 
 
-def concrete(config: ServingConfig) -> ServingConfig:
-    """`config` with an absolute home and free ports in place of 0: every process sees the same."""
-    gateway, control = config.gateway, config.control
-    if gateway.port == 0:
-        gateway = gateway.model_copy(update={"port": _free_port(gateway.host)})
-    if control.port == 0:
-        control = control.model_copy(update={"port": _free_port(control.host)})
-    return config.model_copy(
-        update={"home": config.home_dir, "gateway": gateway, "control": control}
-    )
-
-
-def _free_port(host: str) -> int:
-    with _socket(host) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _socket(host: str) -> socket.socket:
-    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-
-
-def port_error(host: str, port: int) -> str | None:
-    """Why `port` cannot be listened on, or None if it can."""
-    with _socket(host) as probe:
-        # As our listeners do: a port in TIME_WAIT is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except OSError as error:
-            return error.strerror or str(error)
-    return None
-
-
-def check_ports(config: ServingConfig) -> None:
-    """Raise `ConflictError` naming the first port that cannot be listened on."""
-    for what, host, port, key in (
-        ("inference", config.gateway.host, config.gateway.port, "gateway.port"),
-        ("the admin API", config.control.host, config.control.port, "control.port"),
-    ):
-        if error := port_error(host, port):
-            raise ConflictError(
-                f"port {port} on {host}, for {what}, cannot be used: {error}. "
-                f"Stop what listens there, or set {key}"
-            )
-
-
-@contextlib.contextmanager
-def home_lock(home: Path) -> Iterator[None]:
-    """Hold `home` for one `serving up`. Raises `ConflictError` naming the process that has it."""
-    try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (home / "up.pid").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise ConflictError(f"{home}: cannot be used as home: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ConflictError(
-                f"`serving up` already runs on {home} (process {file.read().strip() or '?'}); "
-                "stop it with `serving down`, or use another home"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-        file.truncate(0)
-
-
-def running_pid(home: Path) -> int | None:
-    """The process of the `serving up` that holds `home`, if one does."""
-    try:
-        with (home / "up.pid").open("r+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                text = file.read().strip()
-                return int(text) if text.isdigit() else None
-            return None
-    except OSError:
-        return None
-
-
 def start_ray(config: ServingConfig) -> None:
     """Start the embedded Ray and Serve on it, on loopback only. Raises `ClusterError`."""
-    prepare_environment(embedded=True)
+    prepare_environment()
     _adopt_orphans()
+    # Sockets of replicas that were killed.
+    shutil.rmtree(config.home_dir / _RUN, ignore_errors=True)
     import ray
     from ray import serve
 
@@ -196,7 +116,7 @@ def start_ray(config: ServingConfig) -> None:
 
 def connect_ray(address: str) -> None:
     """Connect to a Ray cluster and make sure that Serve runs there. Raises `ClusterError`."""
-    prepare_environment(embedded=False)
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     import ray
     from ray import serve
 
@@ -235,7 +155,7 @@ def deploy(config: ServingConfig, *, embedded: bool) -> None:
         "config": plain,
         "deployment": uuid.uuid4().hex,
         "replica_class": REPLICA_CLASS,
-        "run_dir": str(run_dir(config.home_dir)),
+        "run_prefix": run_prefix(config.home_dir, embedded=embedded),
         "env": env,
         "listen_tcp": not embedded,
     }
@@ -262,21 +182,61 @@ def deploy(config: ServingConfig, *, embedded: bool) -> None:
         raise ClusterError(f"cannot deploy: {_first_line(error)}") from error
 
 
+class ControllerHandle:
+    """The controller of the connected cluster, by Serve handle instead of HTTP."""
+
+    def __init__(self) -> None:
+        from ray import serve
+
+        self._serve = serve
+
+    def healthy(self) -> bool:
+        """Whether it answers."""
+        try:
+            self.status()
+        except ClusterError:
+            return False
+        return True
+
+    def status(self) -> dict[str, Any]:
+        """What runs. Raises `ClusterError`."""
+        return self._call(_CALL_TIMEOUT_S, "status")
+
+    def apply(self, config: dict[str, Any], *, dry_run: bool) -> dict[str, Any]:
+        """Send a configuration; the plan. Raises `OperatorError`."""
+        answer = self._call(_APPLY_TIMEOUT_S, "apply", config, dry_run)
+        if "error" in answer:
+            raise operator_error(answer["slug"], answer["error"])
+        return answer
+
+    def _call(self, timeout_s: float, method: str, *args: Any) -> dict[str, Any]:
+        try:
+            handle = self._serve.get_app_handle(CONTROLLER_APP)
+            answer: dict[str, Any] = getattr(handle, method).remote(*args).result(timeout_s)
+        except Exception as error:
+            raise ClusterError(f"the controller does not answer: {_first_line(error)}") from error
+        return answer
+
+
 def log_dir() -> Path:
     """Where the processes of the connected Ray write their logs, on this machine."""
     import ray
 
-    session = ray.get_runtime_context().get_session_name()
+    session: str = ray.get_runtime_context().get_session_name()
     return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / session / "logs"
 
 
-def run_dir(home: Path) -> Path:
-    """A directory for unix sockets, one per home and user.
+def run_prefix(home: Path, *, embedded: bool) -> str:
+    """What the directories of unix sockets begin with.
 
-    Short, because a socket's path has at most 107 characters.
+    They lie in `home`, unless it is shared by the nodes of a cluster, or so long that a socket's
+    path would exceed its 107 characters.
     """
+    inside = home / _RUN
+    if embedded and len(str(inside)) <= _RUN_DIR_LENGTH:
+        return f"{inside}/"
     tag = hashlib.sha256(str(home).encode()).hexdigest()[:8]
-    return Path(tempfile.gettempdir()) / f"serving-{os.getuid()}-{tag}"
+    return f"{tempfile.gettempdir()}/serving-{os.getuid()}-{tag}-"
 
 
 def deployed_apps() -> dict[str, tuple[str, str]]:

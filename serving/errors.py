@@ -176,3 +176,9 @@ class ConflictError(OperatorError):
 
     slug = "conflict"
     http_status = 409
+
+
+def operator_error(slug: str, sentence: str) -> OperatorError:
+    """The error that `slug` names, as another process reported it; else a `ClusterError`."""
+    kinds = {kind.slug: kind for kind in OperatorError.__subclasses__()}
+    return kinds.get(slug, ClusterError)(sentence)

@@ -17,9 +17,6 @@ from serving.errors import ClusterError, OperatorError
 DEFAULT_URL: Final = "http://127.0.0.1:8002"
 _TIMEOUT_S: Final = 10.0
 _APPLY_TIMEOUT_S: Final = 600.0
-_BY_SLUG: Final[dict[str, type[OperatorError]]] = {
-    c.slug: c for c in OperatorError.__subclasses__()
-}
 # Loopback and cluster addresses: a proxy of the environment must not come between.
 _OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -115,6 +112,6 @@ def failures(status: dict[str, Any]) -> str:
 def _from_reply(url: str, error: urllib.error.HTTPError) -> OperatorError:
     try:
         body = json.load(error)
-        return _BY_SLUG.get(body["slug"], ClusterError)(body["error"])
+        return errors.operator_error(body["slug"], body["error"])
     except (ValueError, KeyError, TypeError):
         return ClusterError(f"{url} answered HTTP {error.code}; is it a controller's admin API?")

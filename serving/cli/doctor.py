@@ -169,23 +169,23 @@ def _open_files() -> Finding:
 
 
 def _ports(config: ServingConfig) -> Iterator[Finding]:
-    from serving import compose
+    from serving.cli import preflight
 
     listeners = {
         "gateway": (config.gateway.host, config.gateway.port),
         "control": (config.control.host, config.control.port),
     }
-    owner = compose.running_pid(config.home_dir)
+    owner = preflight.running_pid(config.home_dir)
     for section, (host, port) in listeners.items():
         where = f"{host}:{port}"
-        if compose.port_error(host, port) is None:
+        if preflight.port_error(host, port) is None:
             yield Finding(f"{section} port", "ok", f"{where} is free")
         elif owner is not None:
             yield Finding(f"{section} port", "ok", f"{where}, held by `serving up` ({owner})")
         else:
             advice = f"Stop what listens there, or set {section}.port"
             yield Finding(
-                f"{section} port", "fail", f"{where}: {compose.port_error(host, port)}", advice
+                f"{section} port", "fail", f"{where}: {preflight.port_error(host, port)}", advice
             )
 
 

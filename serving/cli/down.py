@@ -11,6 +11,7 @@ from typing import Final
 import typer
 
 from serving import compose
+from serving.cli import preflight
 from serving.config import load_config
 from serving.errors import ClusterError, ConflictError
 
@@ -24,7 +25,7 @@ def run(file: Path | None) -> None:
     if address is not None:
         _remove(address)
         return
-    pid = compose.running_pid(config.home_dir)
+    pid = preflight.running_pid(config.home_dir)
     if pid is None:
         raise ConflictError(
             f"nothing runs on {config.home_dir}; for a cluster, set RAY_ADDRESS, for another home, "
@@ -32,7 +33,7 @@ def run(file: Path | None) -> None:
         )
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_S
-    while compose.running_pid(config.home_dir) == pid:
+    while preflight.running_pid(config.home_dir) == pid:
         if time.monotonic() > deadline:
             raise ClusterError(f"process {pid} did not stop within {_STOP_S:g} s")
         time.sleep(0.1)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from serving import compose
+from serving.cli import preflight
 from serving.cli.client import Admin, failures
 from serving.config import ServingConfig, load_config, reachable_url
 from serving.errors import ClusterError, ConflictError
@@ -28,13 +30,13 @@ class _Stop(BaseException):
 
 def run(file: Path | None, timeout_s: float) -> None:
     """Start serving. Raises `OperatorError`."""
-    config = compose.concrete(load_config(file))
+    config = preflight.concrete(load_config(file))
     address = compose.external_cluster()
     if address is not None:
         _deploy_and_return(config, address, timeout_s)
         return
-    with compose.home_lock(config.home_dir):
-        compose.check_ports(config)
+    with preflight.home_lock(config.home_dir):
+        preflight.check_ports(config)
         _check_store(config)
         _foreground(config, timeout_s)
 
@@ -53,14 +55,17 @@ def _deploy_and_return(config: ServingConfig, address: str, timeout_s: float) ->
             f"it already runs on {address}; change it with `serving apply`, or remove it with "
             "`serving down`"
         )
-    view = _View(config, live=False)
+    view = _View(live=False)
     compose.deploy(config, embedded=False)
-    _until_ready(config, view, time.monotonic() + timeout_s)
+    # By handle: the admin API may be on another node's loopback.
+    _until_ready(config, compose.ControllerHandle(), view, time.monotonic() + timeout_s)
     view.ready()
 
 
 def _foreground(config: ServingConfig, timeout_s: float) -> None:
-    view = _View(config, live=sys.stdout.isatty())
+    view = _View(live=sys.stdout.isatty())
+    admin = Admin(reachable_url(config.control.host, config.control.port))
+    deadline = time.monotonic() + timeout_s
     with _signals() as signals:
         try:
             view.say("starting Ray")
@@ -69,9 +74,10 @@ def _foreground(config: ServingConfig, timeout_s: float) -> None:
             view.say(f"logs in {compose.log_dir()}")
             view.say("starting controller and gateway")
             compose.deploy(config, embedded=True)
-            _until_ready(config, view, time.monotonic() + timeout_s)
+            _until_ready(config, admin, view, deadline)
+            _wait(lambda: _gateway_answers(config), compose.GATEWAY_APP, deadline)
             view.ready()
-            _stay(config, view)
+            _stay(admin, view)
         except _Stop:
             view.say("stopping; press Ctrl-C again to end it at once")
         finally:
@@ -80,14 +86,15 @@ def _foreground(config: ServingConfig, timeout_s: float) -> None:
 
 
 class _Signals:
-    """SIGINT and SIGTERM: the first raises `_Stop`, the second kills every child and exits."""
+    """SIGINT, SIGTERM, SIGHUP: the first raises `_Stop`, the second kills all children and exits."""
 
     def __init__(self) -> None:
-        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {number: signal.getsignal(number) for number in numbers}
         self._stopping = False
 
     def install(self) -> None:
-        """Take both signals."""
+        """Take the signals."""
         for number in self._before:
             signal.signal(number, self._handle)
 
@@ -101,15 +108,9 @@ class _Signals:
             compose.kill_children()
             sys.stderr.write("error: ended before everything was stopped\n")
             sys.stderr.flush()
-            _exit_now(128 + number)
+            os._exit(128 + number)
         self._stopping = True
         raise _Stop
-
-
-def _exit_now(code: int) -> None:
-    import os
-
-    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -133,45 +134,56 @@ def _stop(view: _View) -> None:
         compose.stop_ray()
 
 
-def _until_ready(config: ServingConfig, view: _View, deadline: float) -> None:
+class _Controller(Protocol):
+    """The controller, by HTTP or by handle. All but `healthy` raise `OperatorError`."""
+
+    def healthy(self) -> bool: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+    def apply(self, config: dict[str, Any], *, dry_run: bool) -> dict[str, Any]: ...
+
+
+def _until_ready(
+    config: ServingConfig, controller: _Controller, view: _View, deadline: float
+) -> None:
     """Wait for the controller, apply the configuration, wait for models and gateways."""
-    admin = Admin(reachable_url(config.control.host, config.control.port))
-    _wait(admin.healthy, compose.CONTROLLER_APP, deadline)
-    plan = admin.apply(config.model_dump(mode="json"), dry_run=False)
+    _wait(controller.healthy, compose.CONTROLLER_APP, deadline)
+    controller.apply(config.model_dump(mode="json"), dry_run=False)
     view.say("loading models")
-    while True:
-        status = admin.status()
+
+    def ready() -> bool:
+        try:
+            status = controller.status()
+        except ClusterError:
+            return False  # it is being replaced, and resumes by itself
         view.update(status)
         if status["apply"]["state"] == "failed":
             raise ClusterError(failures(status))
-        if (
+        revisions = [g["revision"] for g in status["gateways"]]
+        return (
             status["apply"]["state"] == "converged"
-            and status["apply"]["id"] >= plan["apply"]
-            and len(status["gateways"]) >= config.gateway.replicas
-            and all(g["revision"] >= status["controller"]["revision"] for g in status["gateways"])
-            and _gateway_ready(status["urls"]["inference"])
-        ):
-            return
-        _check_deadline(deadline, compose.GATEWAY_APP)
-        time.sleep(_POLL_S)
+            and len(revisions) >= config.gateway.replicas
+            and min(revisions) >= status["controller"]["revision"]
+        )
+
+    _wait(ready, compose.GATEWAY_APP, deadline)
 
 
-def _wait(condition: Any, app: str, deadline: float) -> None:
+def _wait(condition: Callable[[], bool], app: str, deadline: float) -> None:
+    """Until `condition` holds. Raises `ClusterError` if `app` cannot start, or at the deadline."""
     while not condition():
-        _check_deadline(deadline, app)
+        status, message = compose.deployed_apps().get(app, ("NOT_STARTED", ""))
+        if status == "DEPLOY_FAILED":
+            raise ClusterError(f"the {app} does not start: {compose.reason(message)}")
+        if time.monotonic() > deadline:
+            raise ClusterError(f"not ready in time; the {app} is {status.lower()}")
         time.sleep(_POLL_S)
 
 
-def _check_deadline(deadline: float, app: str) -> None:
-    status, message = compose.deployed_apps().get(app, ("NOT_STARTED", ""))
-    if status == "DEPLOY_FAILED":
-        raise ClusterError(f"the {app} does not start: {compose.reason(message)}")
-    if time.monotonic() > deadline:
-        raise ClusterError(f"not ready in time; the {app} is {status.lower()}")
-
-
-def _gateway_ready(url: str) -> bool:
+def _gateway_answers(config: ServingConfig) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = reachable_url(config.gateway.host, config.gateway.port)
     try:
         with opener.open(f"{url}/v2/health/ready", timeout=5.0) as reply:
             return bool(reply.status == 200)
@@ -179,9 +191,8 @@ def _gateway_ready(url: str) -> bool:
         return False
 
 
-def _stay(config: ServingConfig, view: _View) -> None:
+def _stay(admin: Admin, view: _View) -> None:
     """Show what runs until a signal comes, or the controller has been away for a minute."""
-    admin = Admin(reachable_url(config.control.host, config.control.port))
     heard = time.monotonic()
     while True:
         try:
@@ -196,7 +207,7 @@ def _stay(config: ServingConfig, view: _View) -> None:
 class _View:
     """A live table on a terminal, plain lines elsewhere."""
 
-    def __init__(self, config: ServingConfig, *, live: bool) -> None:
+    def __init__(self, *, live: bool) -> None:
         from serving.cli.render import Progress
 
         self._progress = Progress()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from ray import serve
@@ -34,12 +33,12 @@ class ServeCluster:
 
     `replica_class` is the dotted path "module:Class" of what an application runs, so that nothing
     here needs to import it. `env` is set in every replica (on a cluster that we did not start
-    ourselves), `run_dir` is where replicas put their sockets.
+    ourselves); an application's replicas put their sockets in the directory `run_prefix` + hash.
     """
 
-    def __init__(self, replica_class: str, run_dir: str, env: Mapping[str, str]) -> None:
+    def __init__(self, replica_class: str, run_prefix: str, env: Mapping[str, str]) -> None:
         self._replica_class = replica_class
-        self._run_dir = Path(run_dir)
+        self._run_prefix = run_prefix
         self._env = dict(env)
 
     def observe(self) -> dict[str, AppStatus]:
@@ -84,7 +83,7 @@ class ServeCluster:
         spec = {
             **app.replica.to_dict(),
             "app": app.name,
-            "run_dir": str(self._run_dir / app.name[-8:]),
+            "run_dir": f"{self._run_prefix}{app.name[-8:]}",
         }
         return deployment.options(
             **replica_options(self._env), num_replicas=app.count, max_ongoing_requests=100

@@ -21,6 +21,7 @@ from serving.control.cluster import ServeCluster
 from serving.control.controller import Controller as Core
 from serving.control.reconcile import Clock
 from serving.control.resolver import RegistryResolver
+from serving.control.status import status
 from serving.errors import ServingError
 from serving.store.sql import open_store
 
@@ -37,7 +38,9 @@ class _Server(uvicorn.Server):
 
 @serve.deployment
 class Controller:
-    """One per deployment. `options`: config, deployment, replica_class, run_dir, env, listen_tcp.
+    """One per deployment.
+
+    `options`: config, deployment, replica_class, run_prefix, env, listen_tcp; see the composition.
 
     The methods are what replicas and gateways call through a handle; all arguments and results are
     plain.
@@ -52,7 +55,7 @@ class Controller:
             config,
             options["deployment"],
             store=store,
-            cluster=ServeCluster(options["replica_class"], options["run_dir"], options["env"]),
+            cluster=ServeCluster(options["replica_class"], options["run_prefix"], options["env"]),
             resolver=RegistryResolver(config.registry_uri, config.home_dir),
             clock=Clock(time.monotonic, time.time),
             listen_tcp=options["listen_tcp"],
@@ -84,6 +87,17 @@ class Controller:
         if server is not None:
             server.should_exit = True
             await self._serving
+
+    async def status(self) -> dict[str, Any]:
+        """What runs, as GET /v1/status."""
+        return status(self._core)
+
+    async def apply(self, config: dict[str, Any], dry_run: bool) -> dict[str, Any]:
+        """The plan, as POST /v1/apply; or {"error", "slug"}, because an exception loses its type."""
+        try:
+            return await self._core.apply(config, dry_run=dry_run)
+        except ServingError as error:
+            return {"error": str(error), "slug": error.slug}
 
     async def announce(self, info: dict[str, Any]) -> None:
         """A replica is there; see `Controller.announce`."""

@@ -42,10 +42,15 @@ def split_outputs(
                 f"for a batch of {sum(counts)} rows"
             )
         tail = entry.shape[1:]
+        width = math.prod(tail)
         if specs[entry.index].datatype == "BYTES":
-            ends = _ends_of_bytes(specs[entry.index].name, data, math.prod(tail), counts)
+            ends = _ends_of_bytes(data, width, counts)
         else:
-            ends = _ends(DATATYPES[entry.datatype].itemsize * math.prod(tail), counts)
+            ends = _ends(DATATYPES[entry.datatype].itemsize * width, counts)
+        if ends[-1] != len(data):
+            raise ModelFailed(
+                f"output {specs[entry.index].name!r} does not hold the elements of its shape"
+            )
         at = 0
         for part, count, end in zip(parts, counts, ends, strict=True):
             part.append(OutputTensor(entry.index, (count, *tail), data[at:end]))
@@ -62,7 +67,7 @@ def _ends(step: int, counts: Sequence[int]) -> list[int]:
     return ends
 
 
-def _ends_of_bytes(name: str, data: memoryview, width: int, counts: Sequence[int]) -> list[int]:
+def _ends_of_bytes(data: memoryview, width: int, counts: Sequence[int]) -> list[int]:
     at = 0
     ends = []
     try:
@@ -71,7 +76,5 @@ def _ends_of_bytes(name: str, data: memoryview, width: int, counts: Sequence[int
                 at += _LENGTH.size + int(_LENGTH.unpack_from(data, at)[0])
             ends.append(at)
     except struct.error:
-        at = -1
-    if at != len(data):
-        raise ModelFailed(f"output {name!r} does not hold the elements of its shape")
+        return [-1]
     return ends

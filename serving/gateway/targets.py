@@ -10,9 +10,9 @@ from serving.errors import NotFound
 def origin_form(target: bytes) -> bytes:
     """`http://host/path?query` without its first part (RFC 9112 §3.2.2); others as they are."""
     scheme, separator, rest = target.partition(b"://")
-    if not separator or scheme.lower() not in (b"http", b"https"):
-        return target
     authority_end = min((i for i in map(rest.find, (b"/", b"?")) if i >= 0), default=len(rest))
+    if not separator or scheme.lower() not in (b"http", b"https") or not authority_end:
+        return target
     path = rest[authority_end:]
     return path if path.startswith(b"/") else b"/" + path
 

@@ -8,8 +8,10 @@ runs on the reader's thread. A malformed frame closes its connection and touches
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import ssl
+import stat
 import struct
 import threading
 import time
@@ -83,9 +85,13 @@ class ReplicaServer:
         self._stopping = threading.Event()
 
     def start(self) -> None:
-        """Listen. Raises `OSError` if an address cannot be taken."""
+        """Listen. Raises `OSError` if an address cannot be taken, or the directory is not ours."""
         directory = Path(self.unix_path).parent
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            # Under /tmp anyone may have made it first, and could put his own socket there.
+            raise PermissionError(f"{directory}: is not a directory of this user")
         directory.chmod(0o700)
         # A socket file outlives the process that made it.
         Path(self.unix_path).unlink(missing_ok=True)

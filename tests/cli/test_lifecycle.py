@@ -123,21 +123,17 @@ def test_down_stops_it_and_then_finds_nothing(home: Path) -> None:
         assert "nothing runs" in again.stderr
 
 
-def test_a_killed_up_takes_everything_with_it(home: Path) -> None:
+def test_a_killed_up_takes_what_serves_with_it(home: Path) -> None:
+    """SIGKILL. (Two helpers of Ray itself notice only a minute later.)"""
     with Deployment(home, {"mlp": {"version": "1"}}) as deployment:
-        with no_process_left_eventually(deployment.process.pid):
-            deployment.process.kill()
-            deployment.process.wait(10)
+        family = psutil.Process(deployment.process.pid).children(recursive=True)
+        serve = [p for p in family if "Serve" in p.name()]
+        assert len(serve) == 4, "Serve's own controller, ours, a gateway and a replica"
+        deployment.process.kill()
+        _, alive = psutil.wait_procs(serve, timeout=20)
+        assert alive == []
         again = serving("down", "-f", deployment.file, home=home)
         assert again.returncode == 1, "its lock went with it"
-
-
-@contextmanager
-def no_process_left_eventually(pid: int) -> Iterator[None]:
-    family = psutil.Process(pid).children(recursive=True)
-    yield
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert alive == []
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from serving.registry.mlflow import Registry
 from tests.bundles import write_bundle
 from tests.control.world import SIGNATURE, World
 
-
 # MLflow 3.17 with SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"

@@ -124,7 +124,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environment = dict(os.environ)
-    compose.prepare_environment(embedded=True)
+    compose.prepare_environment()
     import ray
     from ray import serve
 
