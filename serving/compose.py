@@ -186,9 +186,7 @@ class ControllerHandle:
     """The controller of the connected cluster, by Serve handle instead of HTTP."""
 
     def __init__(self) -> None:
-        from ray import serve
-
-        self._serve = serve
+        self._handle: Any = None
 
     def healthy(self) -> bool:
         """Whether it answers."""
@@ -210,10 +208,16 @@ class ControllerHandle:
         return answer
 
     def _call(self, timeout_s: float, method: str, *args: Any) -> dict[str, Any]:
+        from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
         try:
-            handle = self._serve.get_app_handle(CONTROLLER_APP)
-            answer: dict[str, Any] = getattr(handle, method).remote(*args).result(timeout_s)
-        except Exception as error:
+            if self._handle is None:
+                self._handle = serve.get_app_handle(CONTROLLER_APP)
+            call = getattr(self._handle, method).remote(*args)
+            answer: dict[str, Any] = call.result(timeout_s=timeout_s)
+        except (RayError, RayServeException, TimeoutError) as error:
             raise ClusterError(f"the controller does not answer: {_first_line(error)}") from error
         return answer
 

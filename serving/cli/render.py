@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Final
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -45,9 +46,7 @@ def plan_table(plan: dict[str, Any]) -> RenderableType:
     """What an apply starts, stops and leaves alone."""
     if not plan["changes"]:
         return Text("nothing runs, nothing is asked for")
-    table = Table(title="plan (dry run)" if plan["dry_run"] else "plan", title_justify="left")
-    for column in ("change", "model", "version", "default", "digest", "why"):
-        table.add_column(column)
+    table = _table("change", "model", "version", "default", "digest", "why")
     for row in plan["changes"]:
         default = "yes" if row["default"] else ""
         table.add_row(
@@ -62,58 +61,87 @@ def plan_table(plan: dict[str, Any]) -> RenderableType:
 
 
 def status_view(status: dict[str, Any]) -> RenderableType:
-    """Models and versions, then gateways and controller."""
-    table = Table(title_justify="left")
-    for column in ("model", "version", "state", "ready", "digest", "runtime", "device"):
-        table.add_column(column)
-    for column in ("requests", "errors", "queue", "in flight", "batch", "p50 ms", "p99 ms"):
-        table.add_column(column, justify="right")
-    for model in status["models"]:
-        for v in model["versions"]:
-            default = " (default)" if v["version"] == model["version"] else ""
-            table.add_row(
-                model["name"],
-                v["version"] + default,
-                Text(v["state"], style=_STATE_STYLES.get(v["state"], "")),
-                f"{v['ready']}/{v['wanted']}",
-                short(v["digest"]),
-                v["platform"],
-                v["device"] or "–",
-                str(v["requests"]),
-                str(v["errors"]),
-                str(v["queue_depth"]),
-                str(v["in_flight"]),
-                "–" if v["mean_batch"] is None else f"{v['mean_batch']:.1f}",
-                milliseconds(v["p50_s"]),
-                milliseconds(v["p99_s"]),
-            )
+    """What runs, what it has answered, what is wrong, and where everything is."""
+    versions = [(m, v) for m in status["models"] for v in m["versions"]]
+    return Group(
+        _replicas_table(versions),
+        _traffic_table(versions),
+        *(Text(line, style="red") for line in _complaints(status)),
+        *(Text(line) for line in _places(status)),
+    )
+
+
+def _replicas_table(versions: list[tuple[dict[str, Any], dict[str, Any]]]) -> RenderableType:
+    table = _table("model", "version", "state", "ready", "digest", "runtime", "device")
+    for model, v in versions:
+        default = " (default)" if v["version"] == model["version"] else ""
+        table.add_row(
+            model["name"],
+            v["version"] + default,
+            Text(v["state"], style=_STATE_STYLES.get(v["state"], "")),
+            f"{v['ready']}/{v['wanted']}",
+            short(v["digest"]),
+            v["platform"],
+            v["device"] or "–",
+        )
+    return table
+
+
+def _traffic_table(versions: list[tuple[dict[str, Any], dict[str, Any]]]) -> RenderableType:
+    numbers = ("requests", "errors", "queue", "in flight", "batch", "p50 ms", "p99 ms")
+    table = _table("model", "version", numbers=numbers)
+    for model, v in versions:
+        table.add_row(
+            model["name"],
+            v["version"],
+            str(v["requests"]),
+            str(v["errors"]),
+            str(v["queue_depth"]),
+            str(v["in_flight"]),
+            "–" if v["mean_batch"] is None else f"{v['mean_batch']:.1f}",
+            milliseconds(v["p50_s"]),
+            milliseconds(v["p99_s"]),
+        )
+    return table
+
+
+def _complaints(status: dict[str, Any]) -> list[str]:
     lines = [
         f"{model['name']} version {v['version']}: {v['last_error']}"
         for model in status["models"]
         for v in model["versions"]
         if v["last_error"]
     ]
-    controller = status["controller"]
-    if controller["last_error"]:
-        lines.append(f"controller: {controller['last_error']}")
-    gateways = ", ".join(f"{g['gateway']} (revision {g['revision']})" for g in status["gateways"])
-    return Group(
-        table,
-        *(Text(line, style="red") for line in lines),
-        Text(f"gateways: {gateways or 'none'}"),
-        Text(
-            f"controller: process {controller['pid']}, revision {controller['revision']}, "
-            f"apply {status['apply']['id']} {status['apply']['state']}"
-        ),
-        Text(f"inference {status['urls']['inference']}   metrics {status['urls']['metrics']}"),
+    if status["controller"]["last_error"]:
+        lines.append(f"controller: {status['controller']['last_error']}")
+    return lines
+
+
+def _places(status: dict[str, Any]) -> list[str]:
+    controller, urls = status["controller"], status["urls"]
+    gateways = ", ".join(
+        f"{g['gateway']} (process {g['pid']}, revision {g['revision']})" for g in status["gateways"]
     )
+    return [
+        f"gateways: {gateways or 'none'}",
+        f"controller: process {controller['pid']}, revision {controller['revision']}, "
+        f"apply {status['apply']['id']} {status['apply']['state']}",
+        f"inference {urls['inference']}   metrics {urls['metrics']}",
+    ]
+
+
+def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
 
 
 def registry_table(versions: list[dict[str, Any]]) -> RenderableType:
     """Registered versions, one a line."""
-    table = Table()
-    for column in ("model", "version", "aliases", "platform", "digest", "metrics", "created"):
-        table.add_column(column)
+    table = _table("model", "version", "aliases", "platform", "digest", "metrics", "created")
     for v in versions:
         metrics = ", ".join(f"{key}={value:g}" for key, value in sorted(v["metrics"].items()))
         aliases = " ".join(f"@{alias}" for alias in v["aliases"])

@@ -86,7 +86,7 @@ def _foreground(config: ServingConfig, timeout_s: float) -> None:
 
 
 class _Signals:
-    """SIGINT, SIGTERM, SIGHUP: the first raises `_Stop`, the second kills all children and exits."""
+    """SIGINT, SIGTERM, SIGHUP: the first raises `_Stop`, the second kills every child."""
 
     def __init__(self) -> None:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from serving.control.state import AppStatus
 from serving.core.plan import APP_PREFIX, AppSpec, Phase
@@ -17,6 +19,8 @@ HEALTH_CHECK_PERIOD_S: Final = 1.0
 HEALTH_CHECK_TIMEOUT_S: Final = 5.0
 DRAIN_S: Final = 20.0
 
+# What Ray and Serve raise when they cannot; anything else is a bug of ours.
+_RAY_ERRORS: Final = (RayError, RayServeException, TimeoutError, RuntimeError)
 _PHASES: Final = {
     "NOT_STARTED": Phase.STARTING,
     "DEPLOYING": Phase.STARTING,
@@ -45,7 +49,7 @@ class ServeCluster:
         """The model applications that exist. Raises `ClusterError`."""
         try:
             found = serve.status().applications
-        except Exception as error:
+        except _RAY_ERRORS as error:
             raise ClusterError(f"Ray Serve does not answer: {_first_line(error)}") from error
         return {
             name: AppStatus(_PHASES[app.status], _message(app), app.last_deployed_time_s)
@@ -64,7 +68,7 @@ class ServeCluster:
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
-        except Exception as error:
+        except _RAY_ERRORS as error:
             names = ", ".join(app.name for app in apps)
             raise ClusterError(f"cannot start {names}: {_first_line(error)}") from error
 
@@ -73,7 +77,7 @@ class ServeCluster:
         try:
             for name in names:
                 serve.delete(name, _blocking=False)
-        except Exception as error:
+        except _RAY_ERRORS as error:
             raise ClusterError(f"cannot delete {', '.join(names)}: {_first_line(error)}") from error
 
     def _bind(self, app: AppSpec) -> Any:

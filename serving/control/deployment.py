@@ -93,7 +93,7 @@ class Controller:
         return status(self._core)
 
     async def apply(self, config: dict[str, Any], dry_run: bool) -> dict[str, Any]:
-        """The plan, as POST /v1/apply; or {"error", "slug"}, because an exception loses its type."""
+        """The plan, as POST /v1/apply; or {"error", "slug"}: an exception would lose its type."""
         try:
             return await self._core.apply(config, dry_run=dry_run)
         except ServingError as error:

@@ -141,7 +141,7 @@ class _Collector(Collector):
         values = {
             telemetry.GATEWAYS: len(live),
             telemetry.ROUTE_REVISION: controller.board.revision,
-            telemetry.CONVERGED: float(controller.reconciler.settled),
+            telemetry.CONVERGED: float(controller.reconciler.outcome == "converged"),
             telemetry.CONTROLLER_START: controller.started_at,
             telemetry.CONTROLLER_RSS: psutil.Process().memory_info().rss,
             telemetry.RECONCILE_ERRORS: controller.errors,

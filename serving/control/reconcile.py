@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from serving.control.board import RouteBoard
 from serving.control.fleet import Fleet
@@ -31,6 +31,7 @@ from serving.store.sql import Store
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Outcome = Literal["converging", "converged", "failed"]
 
 
 class Blocking(Protocol):
@@ -95,9 +96,18 @@ class Reconciler:
         self.state = state
         self.settled = False
 
+    @property
+    def outcome(self) -> Outcome:
+        """How far the last apply has come."""
+        if not self.settled:
+            return "converging"
+        failed = self.state.desired.apps().keys() & self.state.given_up.keys()
+        return "failed" if failed else "converged"
+
     async def refresh(self) -> None:
         """Publish who is there now. Needs no Serve, so that a stuck one stops no replacement."""
-        self._specs |= self.state.desired.apps() | self.state.routed.apps()
+        current = self.state.desired.apps() | self.state.routed.apps()
+        self._specs = {n: a for n, a in self._specs.items() if n in self.apps} | current
         wanted = {name: app.count for name, app in self._specs.items()}
         self.fleet.expire(self._clock.monotonic(), wanted)
         await self._publish()

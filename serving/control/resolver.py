@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from serving.control.state import Resolved
 from serving.core.types import Signature
-from serving.errors import ArtifactError, OperatorError, RegistryError
+from serving.errors import OperatorError, RegistryError, operator_error
 
 _TIMEOUT_S: Final = 570.0
 """Less than a client waits for an apply. Long, because artifacts may have to be fetched."""
@@ -63,8 +63,7 @@ def _read_reply(child: subprocess.CompletedProcess[str]) -> dict[tuple[str, str]
         last = (child.stderr.strip().splitlines() or ["no output"])[-1]
         raise RegistryError(f"the registry client ended ({child.returncode}): {last}") from error
     if "error" in reply:
-        kinds: dict[str, type[OperatorError]] = {ArtifactError.slug: ArtifactError}
-        raise kinds.get(reply["slug"], RegistryError)(reply["error"])
+        raise operator_error(reply["slug"], reply["error"])
     return {
         (pin["model"], pin["ref"]): Resolved(
             pin["version"], pin["digest"], pin["platform"], Signature.from_dict(pin["signature"])

@@ -34,10 +34,12 @@ def status(controller: Controller) -> dict[str, Any]:
         for name, app in state.desired.apps().items()
         if name in state.given_up
     ]
-    settled = controller.reconciler.settled
-    outcome = ("failed" if errors else "converged") if settled else "converging"
     return {
-        "apply": {"id": state.apply_id, "at": state.applied_at, "state": outcome},
+        "apply": {
+            "id": state.apply_id,
+            "at": state.applied_at,
+            "state": controller.reconciler.outcome,
+        },
         "errors": errors,
         "models": models,
         "gateways": _gateways(controller.totals, live),

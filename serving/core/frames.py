@@ -59,6 +59,9 @@ class Kind(IntEnum):
     PONG = 8
 
 
+_KINDS: Final = {kind.value: kind for kind in Kind}
+
+
 class FrameError(Exception):
     """The peer's bytes are no frame of this protocol. The connection is of no further use."""
 
@@ -90,10 +93,10 @@ def decode_prefix(data: bytes | bytearray | memoryview) -> tuple[Kind, int, int,
         raise FrameError(f"frame protocol version {version}, expected {PROTOCOL_VERSION}")
     if meta > MAX_META_BYTES or payload > MAX_PAYLOAD_BYTES:
         raise FrameError(f"frame too large: meta {meta} bytes, payload {payload} bytes")
-    try:
-        return Kind(kind), tensors, meta, payload
-    except ValueError:
-        raise FrameError(f"unknown frame kind {kind}") from None
+    known = _KINDS.get(kind)
+    if known is None:
+        raise FrameError(f"unknown frame kind {kind}")
+    return known, tensors, meta, payload
 
 
 def encode_table(entries: Sequence[TensorEntry]) -> bytes:

@@ -21,6 +21,7 @@ from serving.core.routing import Arm, Endpoint
 from serving.core.types import Batch
 from serving.errors import DeadlineExceeded, ModelFailed, Overloaded, ServingError, Unavailable
 from serving.gateway.infer import TICK_S, Call, Timing, monotonic
+from serving.gateway.layouts import Buffer, OutgoingLayouts
 from serving.gateway.links import ReplicaLink
 from serving.gateway.recorder import ArmRecorder
 from serving.gateway.split import split_outputs
@@ -50,6 +51,10 @@ class ArmBatcher:
         self._closed = False
         self._turn = 0
         self._batched = arm.signature.batch is not Batch.NONE
+        self._layouts = OutgoingLayouts(arm.signature)
+        # So many rows may wait without a second thought; see `_set_room`.
+        self._room = 0
+        self._connected = 0
         self.configure(arm)
         # Until its first replica is connected a new version is like one that lost its last.
         self._down_since: float | None = None
@@ -77,7 +82,7 @@ class ArmBatcher:
     @property
     def replicas_connected(self) -> int:
         """Replicas that can take batches."""
-        return sum(link.up for link in self.links.values())
+        return self._connected
 
     @property
     def queue_depth(self) -> int:
@@ -99,7 +104,14 @@ class ArmBatcher:
     def admit(self, call: Call) -> None:
         """Queue a call. Raises `Overloaded` or `Unavailable` instead of letting it wait in vain."""
         queue = self._queue
-        if queue.rows or self._down_since is not None:
+        rows = queue.rows
+        if self._down_since is not None or (
+            rows
+            and (
+                rows + call.rows > self._room
+                or call.deadline - call.arrival < self.arm.queue_max_wait_s
+            )
+        ):
             try:
                 self._check_room(call)
             except ServingError as error:
@@ -121,7 +133,7 @@ class ArmBatcher:
                 retry_after_s=1.0,
             )
         wait = self._service.drain(self._queue.rows, self._max_rows)
-        wait /= max(1, self.replicas_connected)
+        wait /= max(1, self._connected)
         allowed = min(arm.queue_max_wait_s, call.deadline - monotonic())
         if wait > allowed:
             raise Overloaded(
@@ -129,6 +141,16 @@ class ArmBatcher:
                 f"{wait * 1e3:.0f} ms, at most {max(0.0, allowed) * 1e3:.0f} ms is allowed",
                 retry_after_s=wait,
             )
+
+    def _set_room(self) -> None:
+        """Work out how many rows may wait before a newcomer's wait has to be estimated."""
+        arm = self.arm
+        run = self._service.predict(self._max_rows)
+        room = arm.queue_max_rows
+        if run > 0.0:
+            batches = int(arm.queue_max_wait_s * self._connected / run)
+            room = min(room, batches * self._max_rows)
+        self._room = room
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(
@@ -182,13 +204,14 @@ class ArmBatcher:
         With `alone`, one that has none, and will get no other until it has answered.
         """
         best = None
-        least = 1 << 30
-        links = list(self.links.values())
+        least = oldest = 0
         self._turn += 1
-        start = self._turn % len(links) if links else 0
-        for link in links[start:] + links[:start]:
-            if link.can_take(alone) and link.in_flight < least:
-                best, least = link, link.in_flight
+        for link in self.links.values():
+            if not link.can_take(alone):
+                continue
+            load = link.in_flight
+            if best is None or load < least or (load == least and link.turn < oldest):
+                best, least, oldest = link, load, link.turn
         return best
 
     def _send(self, link: ReplicaLink[list[Call]], batch: list[Call]) -> None:
@@ -199,18 +222,18 @@ class ArmBatcher:
             call.sent = now
             call.attempts += 1
             rows += call.rows
-            deadline = max(deadline, call.deadline)
-        first = batch[0].request
-        tensors = []
-        for i, spec in enumerate(self.arm.signature.inputs):
-            pieces = [call.request.inputs[i] for call in batch]
-            shape = first.shapes[i]
-            if self._batched:
-                shape = (rows, *shape[1:])
-            nbytes = sum(len(piece) for piece in pieces)
-            tensors.append((TensorEntry(i, spec.datatype, shape, nbytes), pieces))
+            if call.deadline > deadline:
+                deadline = call.deadline
+        requests = [call.request for call in batch]
+        layout = self._layouts.of(rows, requests)
+        pieces: list[Buffer] = []
+        for i, pad in enumerate(layout.pads):
+            pieces += [request.inputs[i] for request in requests]
+            if pad:
+                pieces.append(pad)
+        link.turn = self._turn
         budget_us = max(1, int((deadline - now) * 1e6))
-        link.send(batch, rows, budget_us, tensors, alone=batch[0].suspect)
+        link.send(batch, rows, budget_us, layout, pieces, alone=batch[0].suspect)
 
     # Links.
 
@@ -248,6 +271,7 @@ class ArmBatcher:
             if timer is not None:
                 timer.cancel()
         links, self.links = self.links, {}
+        self._connected = 0
         return [task for link in links.values() if (task := link.close()) is not None]
 
     def _close_if_settled(self) -> None:
@@ -291,7 +315,8 @@ class ArmBatcher:
         """Note since when there is no replica, or that there is one."""
         if self._closed:
             return
-        if any(link.up for link in self.links.values()):
+        self._connected = sum(link.up for link in self.links.values())
+        if self._connected:
             self._down_since = None
         elif self._down_since is None:
             self._down_since = monotonic()
@@ -322,8 +347,9 @@ class ArmBatcher:
     ) -> None:
         """Give every caller its rows, and the replica its next batch first."""
         _, rows, run_rows, queue_us, compute_us = head
-        compute = compute_us * 1e-6
+        compute, replica_queue = compute_us * 1e-6, queue_us * 1e-6
         self._service.observe(run_rows, compute)
+        self._set_room()
         self.recorder.batch_size.add(run_rows)
         if self._queue:
             self._pump()
@@ -339,7 +365,7 @@ class ArmBatcher:
             if call.done:
                 continue
             call.done = True
-            queue = call.sent - call.arrival + queue_us * 1e-6
+            queue = call.sent - call.arrival + replica_queue
             try:
                 finished = call.sink.answered(
                     call, outputs, Timing(queue, compute, call.rows, run_rows)

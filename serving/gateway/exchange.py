@@ -23,6 +23,19 @@ log = logging.getLogger(__name__)
 
 _STATUS: Final = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in http.HTTPStatus}
 _MAX_ID: Final = 128
+_READ_HEADERS: Final = frozenset(
+    {
+        b"content-length",
+        b"inference-header-content-length",
+        b"x-request-id",
+        b"accept-encoding",
+        b"content-encoding",
+        b"x-request-timeout-ms",
+        b"expect",
+    }
+)
+_JSON: Final = b"application/json"
+_BINARY: Final = b"application/octet-stream\r\ninference-header-content-length: %d"
 # Replies below this are joined into one buffer; a large one is written without a copy.
 _JOIN_BYTES: Final = 1 << 16
 
@@ -83,6 +96,8 @@ class Exchange:
         `modern` is HTTP/1.1; before it there is no `Expect`.
         """
         for name, value in headers:
+            if name not in _READ_HEADERS:
+                continue
             if name == b"content-length":
                 self.content_length = int(value)  # the parser has checked it
             elif name == b"inference-header-content-length":
@@ -176,27 +191,26 @@ class Exchange:
             nano = direct_cost(price, timing.compute, timing.rows, timing.run_rows)
             cost = format_usd(nano).encode()
         now = monotonic()
-        kind = b"application/json"
-        if response.json_length is not None:
-            kind = (
-                b"application/octet-stream\r\ninference-header-content-length: %d"
-                % response.json_length
-            )
+        queue, compute = timing.queue, timing.compute
+        json_length = response.json_length
         head = (
             b"%bcontent-type: %b\r\nx-inference-cost-usd: %b\r\n"
             b"server-timing: queue;dur=%.3f, compute;dur=%.3f, gateway;dur=%.3f\r\n"
             % (
                 batcher.response_headers,
-                kind,
+                _JSON if json_length is None else _BINARY % json_length,
                 cost,
-                timing.queue * 1e3,
-                timing.compute * 1e3,
-                (now - call.arrival - timing.queue - timing.compute) * 1e3,
+                queue * 1e3,
+                compute * 1e3,
+                (now - call.arrival - queue - compute) * 1e3,
             )
         )
         body = response.body
-        parts = (body,) if isinstance(body, bytes) else body
-        size = response.nbytes
+        if isinstance(body, bytes):
+            parts: Sequence[_Buffer] = (body,)
+            size = len(body)
+        else:
+            parts, size = body, response.nbytes
         if self._accept_encoding and size >= encoding.MIN_COMPRESSED_BYTES:
             self._write_compressed(head, parts, size)
         else:

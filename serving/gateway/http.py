@@ -66,6 +66,7 @@ class HttpConnection(HttpToolsProtocol):
         self._in_head = True
         # Bytes since a head was complete or a piece of a body came: a head, trailers.
         self._loose_bytes = 0
+        self._received = 0
         self._body_bytes = 0
         self._upgrading = False
         # Nothing more is parsed.
@@ -105,7 +106,9 @@ class HttpConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._dead:
             return
-        self._loose_bytes += len(data)
+        # A head is in one piece of data, or in several that have been counted.
+        self._received = self._loose_bytes + len(data)
+        self._loose_bytes = self._received
         self._parse([data])
         limit = self.front.limits.max_header_bytes
         if self._loose_bytes > limit and not self._dead:
@@ -194,21 +197,24 @@ class HttpConnection(HttpToolsProtocol):
         if parser.should_upgrade():
             self._upgrading = True
             return
-        size = len(self.url)
-        for name, value in self.headers:
-            size += len(name) + len(value)
         limit = self.front.limits.max_header_bytes
-        if size > limit:
+        if self._received > limit and self._head_size() > limit:
             self.refuse(errors.HeadersTooLarge(f"the request's head exceeds {limit} bytes"))
             return
-        path = self.url.partition(b"?")[0]
         if parser.get_method() == b"POST":
+            if self.url in self.front.routes.infer_paths:
+                self._begin_exchange(self.url)
+                return
+            path = self.url.partition(b"?")[0]
             if b"%" in path or path[:1] != b"/":
                 path = normal_path(path)
             if path.startswith(_PREFIX) and path.endswith(_SUFFIX):
                 self._begin_exchange(path)
                 return
         self._begin_asgi()
+
+    def _head_size(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
 
     def _begin_exchange(self, path: bytes) -> None:
         modern = self.parser.get_http_version() == "1.1"

@@ -17,6 +17,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from serving.core import frames
 from serving.core.frames import FrameError, Kind, TensorEntry
 from serving.core.routing import Endpoint
+from serving.gateway.layouts import Buffer, IncomingLayouts, Outgoing
 from serving.gateway.receiver import FrameReceiver
 
 log = logging.getLogger(__name__)
@@ -100,10 +101,11 @@ class _DataConnection(_Connection[BatchT]):
     def frame(self, kind: Kind, tensors: int, meta: memoryview, payload: memoryview) -> None:
         if kind is Kind.RESULT:
             head = frames.RESULT_HEAD.unpack_from(meta)
-            entries = frames.decode_table(meta, frames.RESULT_HEAD.size, tensors)
-            spans = frames.payload_spans(entries, len(payload))
+            table = bytes(meta[frames.RESULT_HEAD.size :])
+            layout = self.link.layouts.read(table, tensors, len(payload))
             batch = self._finish(head[0])
-            self.link.owner.batch_done(batch, head, entries, [payload[a:b] for a, b in spans])
+            outputs = [payload[a:b] for a, b in layout.spans]
+            self.link.owner.batch_done(batch, head, layout.entries, outputs)
         elif kind is Kind.FAILED:
             body = frames.decode_json(meta, frames.BATCH_ID.size)
             batch = self._finish(frames.BATCH_ID.unpack_from(meta)[0])
@@ -163,6 +165,9 @@ class ReplicaLink(Generic[BatchT]):
         self.gateway = gateway
         self.loop = loop
         self.draining = False
+        # When the owner last used this link, by a count of its own.
+        self.turn = 0
+        self.layouts = IncomingLayouts()
         self._idle: list[_DataConnection[BatchT]] = []
         self._exclusive = False
         self._node = node
@@ -205,30 +210,27 @@ class ReplicaLink(Generic[BatchT]):
         self._connecting = self.loop.create_task(self._connect())
 
     def send(
-        self, batch: BatchT, rows: int, budget_us: int, tensors: _Tensors, *, alone: bool
+        self,
+        batch: BatchT,
+        rows: int,
+        budget_us: int,
+        layout: Outgoing,
+        pieces: list[Buffer],
+        *,
+        alone: bool,
     ) -> None:
-        """Send a batch that the link can take: `tensors` is per input an entry and its pieces."""
+        """Send a batch that the link can take; `pieces` are the payload that `layout` describes."""
         connection = self._idle.pop()
         self._exclusive = alone
         self._next_id += 1
         connection.batch, connection.batch_id = batch, self._next_id
-        buffers: list[Any] = [b""]
-        payload = 0
-        for entry, pieces in tensors:
-            buffers.extend(pieces)
-            payload += entry.nbytes
-            if pad := frames.padding(entry.nbytes):
-                buffers.append(pad)
-                payload += len(pad)
-        table = frames.encode_table([entry for entry, _ in tensors])
-        head = frames.INFER_HEAD.pack(self._next_id, rows, 0, budget_us)
-        prefix = frames.encode_prefix(Kind.INFER, len(tensors), len(head) + len(table), payload)
-        buffers[0] = prefix + head + table
+        meta = frames.INFER_HEAD.pack(self._next_id, rows, 0, budget_us) + layout.table
+        prefix = frames.encode_prefix(Kind.INFER, layout.tensors, len(meta), layout.payload)
         transport = connection.transport
-        if payload < _JOIN_BYTES:
-            transport.write(b"".join(buffers))  # type: ignore[union-attr]
+        if layout.payload < _JOIN_BYTES:
+            transport.write(b"".join((prefix, meta, *pieces)))  # type: ignore[union-attr]
         else:
-            transport.writelines(buffers)  # type: ignore[union-attr]
+            transport.writelines((prefix, meta, *pieces))  # type: ignore[union-attr]
 
     def connection_free(self, connection: _DataConnection[BatchT]) -> None:
         """A connection's batch has been answered."""
@@ -349,5 +351,4 @@ class ReplicaLink(Generic[BatchT]):
         self._heartbeat.beat()
 
 
-_Tensors = Sequence[tuple[TensorEntry, Sequence[Any]]]
 _C = TypeVar("_C", bound=_Connection[Any])

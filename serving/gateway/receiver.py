@@ -67,7 +67,7 @@ class FrameReceiver(asyncio.BufferedProtocol):
     def _end_frame(self) -> None:
         kind, tensors, meta, payload = self._head
         whole = self._view if self._large is None else self._large
-        rest = bytes(whole[self._need : self._have])
+        rest = bytes(whole[self._need : self._have]) if self._have > self._need else b""
         end = _PREFIX + meta
         frame_meta, frame_payload = whole[_PREFIX:end], whole[end : end + payload]
         if self._large is None:

@@ -52,7 +52,8 @@ class ArmRecorder:
 
     def answered(self, total: float, queue: float, compute: float) -> None:
         """Count a request that the model answered."""
-        self.outcomes["success"] = self.outcomes.get("success", 0) + 1
+        outcomes = self.outcomes
+        outcomes["success"] = outcomes.get("success", 0) + 1
         self.latency.add(total)
         self.queue.add(queue)
         self.compute.add(compute)

@@ -159,7 +159,7 @@ def test_a_dry_run_prints_the_plan_and_changes_nothing(deployment: Deployment) -
     done = run(deployment, "apply", "-f", file, "--dry-run")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if "mlp" in line]
-    assert [(row[1], row[5]) for row in rows] == [("stop", "1"), ("start", "2")]
+    assert [(row[0], row[2]) for row in rows] == [("stop", "1"), ("start", "2")]
     assert deployment.status()["apply"]["id"] == before
 
 

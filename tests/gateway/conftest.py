@@ -41,11 +41,24 @@ def served(sockets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield gateway
 
 
+@pytest.fixture(scope="session")
+def stopping() -> Iterator[list[Gateway]]:
+    """The gateway that a test has told to stop; the next test does not wait for that."""
+    gateways: list[Gateway] = []
+    yield gateways
+    for gateway in gateways:
+        gateway.wait_stopped()
+
+
 @pytest.fixture
-def gateway() -> Iterator[Gateway]:
+def gateway(stopping: list[Gateway]) -> Iterator[Gateway]:
     """A gateway of one's own."""
-    with Gateway() as gateway:
-        yield gateway
+    gateway = Gateway().start()
+    yield gateway
+    gateway.begin_stop()
+    stopping.append(gateway)
+    if len(stopping) > 1:
+        stopping.pop(0).wait_stopped()
 
 
 @pytest.fixture

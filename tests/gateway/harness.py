@@ -141,7 +141,8 @@ class Gateway:
         return self
 
     def begin_stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.stopping.set)
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.stopping.set)
 
     def wait_stopped(self) -> None:
         self._thread.join(PATIENCE_S)
@@ -151,8 +152,7 @@ class Gateway:
         assert not self.left, self.left
 
     def stop(self) -> None:
-        if self._thread.is_alive():
-            self.begin_stop()
+        self.begin_stop()
         self.wait_stopped()
 
     def __enter__(self) -> Gateway:

@@ -13,7 +13,7 @@ from tests.gateway.models import ScriptedBackend
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    backend = ScriptedBackend(Signature.from_dict(spec["signature"]))
+    backend = ScriptedBackend(Signature.from_dict(spec["signature"]), mortal=True)
     identity = {"model": "m", "version": "1", "digest": "sha256:" + "0" * 64, "replica": "p"}
     ReplicaServer(Engine(backend, rules_for(backend, 64, None)), spec["path"], identity).start()
     print("up", flush=True)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.gateway.client import body, chunked, get, head, infer, last, post, tensor
 from tests.gateway.harness import Gateway, Replica, arm
-from tests.gateway.models import mlp_answer
+from tests.gateway.models import RAISES, mlp_answer
 
 M = "/v2/models/m/infer"
 
@@ -81,7 +81,7 @@ def test_pipelined_kinds_of_requests_take_turns(served: Gateway) -> None:
         (post("/v2/repository/index", b"{}"), 200),
         (infer("m", 5), 200),
         (post("/v2/health/live", b"ignored"), 405),
-        (infer("m", 1001), 500),
+        (infer("m", RAISES), 500),
         (infer("m", 6), 200),
     ]
     with served.connect() as client:

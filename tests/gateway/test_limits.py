@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.gateway import front, http
 from tests.gateway.client import Client, Reply, body, chunked, get, head, infer, last, post, tensor
 from tests.gateway.harness import Gateway, Replica, arm, eventually
 from tests.gateway.models import ScriptedBackend, build
@@ -25,8 +26,10 @@ BODY_BYTES = 1 << 20
 READ_S = 0.2
 WRITE_S = 0.3
 KEEP_ALIVE_S = 0.3
-# The bounds are enforced twice a second; the rest is for a loaded machine.
-LATE_S = 2.5
+LINGER_S = 0.3
+SWEEP_S = 0.05
+# For a loaded machine.
+LATE_S = 1.5
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,10 @@ def strict(
         "keep_alive_s": KEEP_ALIVE_S,
     }
     with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(http, "LINGER_S", LINGER_S)
+        for module in (http, front):
+            patch.setattr(module, "SWEEP_S", SWEEP_S)
         gateway = stack.enter_context(Gateway(**bounds))
         m = Replica(backend, sockets, "limits-m")
         wide = Replica(build("wide", tmp_path_factory.mktemp("wide")), sockets, "limits-wide")
@@ -319,15 +326,15 @@ def test_a_refused_client_that_never_closes_is_dropped(strict: Gateway) -> None:
 
 
 def test_a_refused_request_counts(strict: Gateway) -> None:
-    front = strict.server.front
-    before = dict(front.unrouted)
+    unrouted = strict.server.front.unrouted
+    before = dict(unrouted)
     with strict.connect() as client:
         client.ask(infer("nowhere", 1))
         client.ask(head("GET", "/" + "a" * HEAD_BYTES))
     with strict.connect() as client:
         client.ask(b"nonsense\r\n\r\n")
     for slug in ("not_found", "headers_too_large", "invalid_request"):
-        assert front.unrouted[slug] == before.get(slug, 0) + 1
+        assert unrouted[slug] == before.get(slug, 0) + 1
     counted = strict.outcomes("m").get("payload_too_large", 0)
     with strict.connect() as client:
         reply: Reply = client.ask(head("POST", M, f"Content-Length: {BODY_BYTES + 1}"))
