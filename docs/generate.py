@@ -1,11 +1,13 @@
 """Writes what can be read off the code: `python docs/generate.py`, or `--check` to compare only.
 
-docs/metrics.md, docs/configuration.md, docs/cli.md and docs/errors.md, configs/serving.yaml and
-configs/serving.schema.json. A test runs the check, so none of them can fall behind.
+docs/metrics.md, docs/configuration.md, docs/cli.md and docs/errors.md, the table of modules in
+docs/structure.md, configs/serving.yaml and configs/serving.schema.json. A test runs the check, so
+none of them can fall behind.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 import types
@@ -26,6 +28,7 @@ from serving.config import ModelConfig, ServingConfig
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _NOTE: Final = "<!-- Written by docs/generate.py; change the code instead. -->\n"
+_MODULES: Final = "## Modules\n"
 _YAML_HEAD: Final = """\
 # yaml-language-server: $schema=serving.schema.json
 # Every setting with its default. Written by docs/generate.py; copy what you change.
@@ -45,6 +48,7 @@ _ENVIRONMENT: Final = {
 def documents() -> dict[Path, str]:
     """Every generated file by its path."""
     return {
+        ROOT / "docs/structure.md": structure_page(),
         ROOT / "docs/metrics.md": metrics_page(),
         ROOT / "docs/configuration.md": configuration_page(),
         ROOT / "docs/cli.md": cli_page(),
@@ -52,6 +56,18 @@ def documents() -> dict[Path, str]:
         ROOT / "configs/serving.yaml": reference_yaml(),
         ROOT / "configs/serving.schema.json": json.dumps(schema_document(), indent=2) + "\n",
     }
+
+
+def structure_page() -> str:
+    """The page as it is, with its table of modules made anew from their docstrings."""
+    text, _, _ = (ROOT / "docs/structure.md").read_text(encoding="utf-8").partition(_MODULES)
+    rows = ["| module | |", "|---|---|"]
+    for path in sorted((ROOT / "serving").rglob("*.py")):
+        if path.parent.name == "versions":
+            continue  # migrations
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        rows.append(f"| `{path.relative_to(ROOT)}` | {about.splitlines()[0]} |")
+    return f"{text}{_MODULES}\n" + "\n".join(rows) + "\n"
 
 
 def metrics_page() -> str:
@@ -119,6 +135,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(_type(a) for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{a}`" for a in typing.get_args(annotation))
+    if typing.get_origin(annotation) is dict:
+        return f"mapping of name to {_type(typing.get_args(annotation)[1])}"
     if typing.get_origin(annotation) is tuple:
         return f"list of {_type(typing.get_args(annotation)[0])}"
     if typing.get_origin(annotation) is typing.Annotated:

@@ -149,7 +149,7 @@ def deploy(config: ServingConfig, *, embedded: bool) -> None:
     from serving.gateway.deployment import Gateway
 
     env = {} if embedded else SERVE_FLAGS
-    options = replica_options(env)
+    options = replica_options(env, {})
     plain = config.model_dump(mode="json")
     control = {
         "config": plain,
@@ -164,7 +164,9 @@ def deploy(config: ServingConfig, *, embedded: bool) -> None:
     gateway_class: Any = Gateway
     controller_class: Any = Controller
     gateway = gateway_class.options(
-        **{**options, **drain}, num_replicas=config.gateway.replicas, max_ongoing_requests=100
+        **{**replica_options(env, config.gateway.resources), **drain},
+        num_replicas=config.gateway.replicas,
+        max_ongoing_requests=100,
     ).bind(plain)
     controller = controller_class.options(
         **options, num_replicas=1, max_ongoing_requests=1000

@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PositiveFloat,
     StringConstraints,
     ValidationError,
     field_validator,
@@ -53,6 +54,9 @@ class GatewayConfig(_Frozen):
     )
     write_timeout_s: float = Field(
         30.0, gt=0, description="A client must accept its reply within this."
+    )
+    resources: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="Ray resources each gateway needs, to choose its node."
     )
     drain_s: float = Field(
         15.0, gt=0, description="At shutdown, the longest wait for requests in flight."
@@ -169,6 +173,9 @@ class ModelConfig(_Frozen):
         (), description="More versions, addressed by /versions/V only."
     )
     replicas: int = Field(1, ge=1, le=1000, description="Replicas per version.")
+    resources: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="Ray resources each replica needs, to choose its node."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`cuda` refuses to start without a GPU."
     )

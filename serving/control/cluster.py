@@ -89,19 +89,20 @@ class ServeCluster:
             "app": app.name,
             "run_dir": f"{self._run_prefix}{app.name[-8:]}",
         }
-        return deployment.options(
-            **replica_options(self._env), num_replicas=app.count, max_ongoing_requests=100
-        ).bind(spec)
+        options = replica_options(self._env, app.replica.resources)
+        return deployment.options(**options, num_replicas=app.count, max_ongoing_requests=100).bind(
+            spec
+        )
 
 
-def replica_options(env: Mapping[str, str]) -> dict[str, Any]:
-    """Deployment options that all our deployments share.
+def replica_options(env: Mapping[str, str], resources: Mapping[str, float]) -> dict[str, Any]:
+    """Deployment options that all our deployments share; `resources` are Ray's, a replica each.
 
     Replicas take no logical CPU: placement by memory is the controller's business. A wait loop of
     Serve's default 2 s would make every shutdown that long, although Serve sees none of our
     requests.
     """
-    actor: dict[str, Any] = {"num_cpus": 0}
+    actor: dict[str, Any] = {"num_cpus": 0, "resources": dict(resources)}
     if env:
         actor["runtime_env"] = {"env_vars": dict(env)}
     return {

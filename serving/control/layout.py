@@ -60,6 +60,7 @@ def _served(
         torch={} if is_onnx else model.torch.model_dump(mode="json"),
         stall_timeout_s=model.stall_timeout_s,
         listen_tcp=listen_tcp,
+        resources=model.resources,
     )
     arm = Arm(
         model=name,

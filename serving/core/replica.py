@@ -15,7 +15,8 @@ class ReplicaSpec:
     unix sockets. `buckets` are the row counts that a batch is padded up to (None: the engine's
     default). `onnx` and `torch` hold the fields of `OnnxConfig` and `TorchConfig`. `listen_tcp`
     adds a TCP socket with mutual TLS on `node_host`, for gateways on other nodes. `app` is the
-    Serve application, announced as it is given.
+    Serve application, announced as it is given. `resources` are the Ray resources that choose the
+    node.
     """
 
     model: str
@@ -32,12 +33,14 @@ class ReplicaSpec:
     listen_tcp: bool = False
     node_host: str = ""
     app: str = ""
+    resources: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON form that `from_dict` reads."""
         raw = asdict(self)
         raw["buckets"] = None if self.buckets is None else list(self.buckets)
         raw["onnx"], raw["torch"] = dict(self.onnx), dict(self.torch)
+        raw["resources"] = dict(self.resources)
         return raw
 
     @classmethod

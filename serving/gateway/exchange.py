@@ -113,6 +113,28 @@ class Exchange:
             elif name == b"expect" and value.lower() == b"100-continue":
                 self.expect_continue = modern
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether a later request may have the same head: it keeps the connection, has no id."""
+        return (
+            self.keep_alive
+            and self._error is None
+            and self._request_id is None
+            and not self.expect_continue
+        )
+
+    def repeat(self, connection: HttpConnection, body: bytes) -> Exchange:
+        """A request with this one's head, and `body`, all of it."""
+        again = Exchange(connection, self.path, self.keep_alive)
+        again.content_length = self.content_length
+        again._content_encoding = self._content_encoding
+        again._accept_encoding = self._accept_encoding
+        again._json_length = self._json_length
+        again._timeout = self._timeout
+        again.body = body
+        again.received = True
+        return again
+
     def add(self, piece: bytes) -> None:
         """Append to the body. Pieces may be tiny: they are not kept as objects of their own."""
         if not self.body:

@@ -28,6 +28,7 @@ from uvicorn.server import ServerState
 
 from serving import errors
 from serving.gateway.exchange import Exchange
+from serving.gateway.heads import KnownHead, know_head
 from serving.gateway.infer import monotonic
 from serving.gateway.targets import normal_path, origin_form
 
@@ -67,6 +68,9 @@ class HttpConnection(HttpToolsProtocol):
         # Bytes since a head was complete or a piece of a body came: a head, trailers.
         self._loose_bytes = 0
         self._received = 0
+        # Messages that began in the piece of data at hand, and the head that the next may repeat.
+        self._begun = 0
+        self._known: KnownHead | None = None
         self._body_bytes = 0
         self._upgrading = False
         # Nothing more is parsed.
@@ -99,17 +103,28 @@ class HttpConnection(HttpToolsProtocol):
         self._dead = True
         self.flow.resume_writing()
         # Parser and exchange refer back to the connection; request bodies hang on them.
-        self.active = self.incoming = None
+        self.active = self.incoming = self._known = None
         self.cycle = self.parser = None  # type: ignore[assignment]
 
     @override
     def data_received(self, data: bytes) -> None:
         if self._dead:
             return
+        resting = not self._receiving and not self._loose_bytes
+        known = self._known
+        if resting and known is not None and known.fits(data):
+            self._since = self.front.clock
+            exchange = known.exchange(self, data)
+            self.cycle = exchange  # type: ignore[assignment]
+            self._start_or_queue(exchange)
+            return
         # A head is in one piece of data, or in several that have been counted.
         self._received = self._loose_bytes + len(data)
         self._loose_bytes = self._received
+        self._begun = 0
         self._parse([data])
+        if resting and self._begun == 1 and not self._receiving:
+            self._known = know_head(data, self.cycle, self._body_bytes)
         limit = self.front.limits.max_header_bytes
         if self._loose_bytes > limit and not self._dead:
             what = "head" if self._in_head else "chunk framing or trailers"
@@ -179,6 +194,7 @@ class HttpConnection(HttpToolsProtocol):
         self.incoming = None
         self._receiving = True
         self._in_head = True
+        self._begun += 1
         self._body_bytes = 0
         self._since = self.front.clock
 

@@ -104,8 +104,8 @@ def refuses(host: str, port: int, context: ssl.SSLContext | None) -> bool:
     with socket.create_connection((host, port), 10) as plain:
         plain.settimeout(15)
         try:
-            peer = plain if context is None else context.wrap_socket(plain)
-            peer.sendall(hello)
-            return peer.recv(1) == b""
+            with plain if context is None else context.wrap_socket(plain) as peer:
+                peer.sendall(hello)
+                return peer.recv(1) == b""
         except (ssl.SSLError, ConnectionError):
             return True
