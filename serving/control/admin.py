@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.control import metrics
 from serving.control.controller import Controller
 from serving.control.status import status
-from serving.errors import InvalidRequest, ServingError
+from serving.errors import InvalidRequest, ServingError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ def create_app(controller: Controller, *, host: str, ray_version: str) -> Starle
         return JSONResponse({"ok": False, "error": "the reconcile loop is down"}, 503)
 
     async def scrape(_: Request) -> Response:
+        if not controller.totals_are_current:
+            raise Unavailable("the controller has just restarted and waits for the gateways' counts")
         body = metrics.exposition(controller, ray_version)
         return Response(body, media_type=CONTENT_TYPE_LATEST)
 

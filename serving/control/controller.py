@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 REANNOUNCE_WAIT_S: Final = 6.0
 """After a restart: three announcement periods, to hear the stored table's replicas again."""
 CLUSTER_TIMEOUT_S: Final = 10.0
+REPORT_WAIT_TICKS: Final = 4
 IDLE_OBSERVE_TICKS: Final = 5
 MAX_CHUNK: Final = 4 << 20
 
@@ -67,6 +68,7 @@ class Controller:
         self.started_at = clock.unix()
         self._awaited: set[str] = set()
         self._started = clock.monotonic()
+        self._resumed = False
 
     async def start(self) -> None:
         """Load what was saved and start the loop. Raises `StoreError`."""
@@ -83,8 +85,10 @@ class Controller:
             # Another `serving up` left this: nothing of it runs. Its counters stay.
             state = State(deployment=self.deployment, apply_id=state.apply_id)
             await self._in_store(self._store.save_desired, state.to_dict())
-        elif saved_table is not None:
-            table = RouteTable.from_dict(saved_table)
+        else:
+            self._resumed = stored is not None
+            if saved_table is not None:
+                table = RouteTable.from_dict(saved_table)
         self.fleet = Fleet()
         self.totals = Totals(await self._in_store(self._store.counters))
         self.board = RouteBoard(table)
@@ -243,6 +247,17 @@ class Controller:
         if str(error) != self.last_error and isinstance(error, OperatorError):
             log.error("%s", error)
         self.last_error = str(error) or type(error).__name__
+
+    @property
+    def totals_are_current(self) -> bool:
+        """Whether what the store has of the gateways is overtaken by their own reports.
+
+        Stored totals are up to a tick old. To show them after a restart would let counters go
+        backwards, which a reader of counters takes for a restart of everything that was counted.
+        """
+        waited = self.clock.monotonic() - self._started
+        patience = REPORT_WAIT_TICKS * max(1.0, self.config.control.tick_s)
+        return not (self._resumed and self.totals.unheard) or waited > patience
 
     def _may_act(self) -> bool:
         """After a restart, first hear the stored table's replicas: else they'd leave the routes."""

@@ -134,6 +134,11 @@ class Totals:
         self._rows[instance] = payload
         self._heard[instance] = now
 
+    @property
+    def unheard(self) -> bool:
+        """Whether some stored instance has not reported since this object was made."""
+        return any(instance not in self._heard for instance in self._rows)
+
     def live(self, now: float, tick_s: float) -> list[str]:
         """The instances heard within the last few ticks."""
         oldest = now - LIVE_TICKS * max(tick_s, 1.0)

@@ -316,6 +316,7 @@ class ArmBatcher:
         if self._closed:
             return
         self._connected = sum(link.up for link in self.links.values())
+        self._set_room()
         if self._connected:
             self._down_since = None
         elif self._down_since is None:

@@ -271,8 +271,6 @@ class Exchange:
         if not isinstance(error, ServingError):
             log.error("inference failed", exc_info=error)
             error = ServingError("internal error")
-        if self._request_id is not None and not _is_request_id(self._request_id):
-            self._request_id = None
         head = b"content-type: application/json\r\n"
         if error.retry_after_s is not None:
             head += b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
@@ -285,7 +283,7 @@ class Exchange:
         connection = self.connection
         front = connection.front
         request_id = self._request_id
-        if request_id is None:
+        if request_id is None or not _is_request_id(request_id):
             request_id = front.next_request_id().encode()
         head = b"%b%b%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n" % (
             _STATUS[status],

@@ -9,12 +9,14 @@ parsed again, it would give the same result.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from serving.gateway.exchange import Exchange
 
 if TYPE_CHECKING:
     from serving.gateway.http import HttpConnection
+
+_HEAD_END: Final = b"\r\n\r\n"
 
 
 @dataclass(slots=True)
@@ -43,8 +45,9 @@ def know_head(data: bytes, request: object, body_bytes: int) -> KnownHead | None
         return None
     if not body_bytes or request.content_length != body_bytes:
         return None
-    head = data[: len(data) - body_bytes]
-    if not head.endswith(b"\r\n\r\n"):
+    head = data[: data.find(_HEAD_END) + len(_HEAD_END)]
+    # Blank lines may stand before a request and behind its body.
+    if len(head) + body_bytes != len(data):
         return None
     # A copy: the request itself goes with its answer.
     return KnownHead(head, len(data), request.repeat(request.connection, b""))

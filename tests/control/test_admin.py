@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from serving.control.admin import MAX_BODY, create_app
-from tests.control.world import World
+from tests.control.world import World, gateway_report, model_row
 
 Call = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
 
@@ -136,3 +136,32 @@ def test_an_unknown_failure_is_opaque(world: World) -> None:
 
 def test_routes_are_the_published_table(world: World) -> None:
     assert ask(world, lambda c: c.get("/v1/routes")).json() == {"revision": 0, "models": []}
+
+
+def test_counters_never_go_back_when_the_controller_restarts(world: World) -> None:
+    """Its store is a tick behind: it shows no counts until the gateways have repeated theirs."""
+
+    async def scrape(app: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8002") as c:
+            return await c.get("/metrics")
+
+    async def scenario() -> tuple[httpx.Response, httpx.Response, httpx.Response]:
+        first = await world.controller()
+        await world.apply(first, {"m": {"version": "1"}})
+        first.report(gateway_report("g1", 1, [model_row("1", 5)]))
+        await first.step(look=True)
+        again = await world.controller()
+        app = create_app(again, host="127.0.0.1", ray_version="2.60")
+        early = await scrape(app)
+        again.report(gateway_report("g1", 1, [model_row("1", 7)]))
+        heard = await scrape(app)
+        lost = await world.controller()
+        world.monotonic += 30.0
+        late = await scrape(create_app(lost, host="127.0.0.1", ray_version="2.60"))
+        return early, heard, late
+
+    early, heard, late = asyncio.run(scenario())
+    assert error_of(early) == (503, "unavailable")
+    assert 'serving_requests_total{model="m",outcome="success",version="1"} 7.0' in heard.text
+    assert late.status_code == 200, "a gateway that never comes back is not waited for"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.gateway.client import get, infer
+from tests.gateway.client import body, get, infer, post
 from tests.gateway.harness import Gateway, Replica, arm
 
 
@@ -90,3 +90,31 @@ def test_headers_still_count_under_a_repeated_head(served: Gateway) -> None:
             reply = client.ask(late)
             assert reply.status == 400
             assert "x-request-timeout-ms" in reply.error
+
+
+def test_a_bad_request_id_stays_bad_under_a_repeated_head(served: Gateway) -> None:
+    bad = infer("m", 11, headers=["X-Request-Id: caf\xe9"])
+    with served.connect() as client:
+        for _ in range(3):
+            reply = client.ask(bad)
+            assert reply.status == 400
+            assert reply.headers["x-request-id"] != "caf\xe9"
+
+
+def test_bytes_between_requests_are_not_taken_for_a_body(served: Gateway) -> None:
+    """A blank line behind a body is none of it, even where the body begins with one."""
+    data = b"\r\n" + body(11)
+    with served.connect() as client:
+        assert client.ask(post("/v2/models/m/infer", data) + b"\r\n").values == [22, 22]
+        client.send(post("/v2/models/m/infer", b"\r\n" + body(12)) + get("/v2/health/live")[:2])
+        assert client.reply().values == [24, 24]
+        assert client.ask(get("/v2/health/live")[2:]).json == {"live": True}
+
+
+def test_blank_lines_before_a_repeated_head(served: Gateway) -> None:
+    request = same_length(11)
+    with served.connect() as client:
+        for _ in range(3):
+            assert client.ask(b"\r\n" + request).values == [22, 22]
+            client.send(b"\r\n")
+            assert client.ask(request).values == [22, 22]

@@ -12,7 +12,7 @@ import pytest
 from tests.gateway.client import Client, get, infer
 from tests.gateway.harness import Gateway, Replica, arm, eventually
 from tests.gateway.models import RAISES, ScriptedBackend
-from tests.gateway.test_batches import callers
+from tests.gateway.test_batches import callers, plugged
 from tests.gateway.test_processes import Load
 
 NewReplica = Callable[[str], Replica]
@@ -248,6 +248,21 @@ def test_settings_that_change_in_place(gateway: Gateway, new: NewReplica) -> Non
         assert client.ask(infer("m", 1, 2, 3)).status == 400
         gateway.publish(arm("m", [only], digest=V2), ready=False)
         assert gateway.batcher("m") is not batcher
+
+
+def test_a_shorter_queue_holds_from_the_next_request_on(gateway: Gateway, new: NewReplica) -> None:
+    only = new("a")
+    gateway.publish(arm("m", [only]))
+    batcher = gateway.batcher("m")
+    with callers(gateway, 5) as clients:
+        assert clients[0].ask(infer("m", 1)).status == 200
+        gateway.publish(arm("m", [only], queue_max_rows=2))
+        with plugged(gateway, only):
+            for i, client in enumerate(clients[:2]):
+                client.send(infer("m", 1))
+                gateway.until(lambda n=i: batcher.queue_depth == n + 1)
+            assert clients[2].ask(infer("m", 1)).status == 429
+        assert [c.reply().status for c in clients[:2]] == [200, 200]
 
 
 def test_an_older_table_is_ignored(gateway: Gateway, new: NewReplica) -> None:
