@@ -50,7 +50,7 @@ def create_app(controller: Controller, *, host: str, ray_version: str) -> Starle
 
     async def scrape(_: Request) -> Response:
         if not controller.totals_are_current:
-            raise Unavailable("the controller has just restarted and waits for the gateways' counts")
+            raise Unavailable("just restarted: the gateways have not repeated their counts yet")
         body = metrics.exposition(controller, ray_version)
         return Response(body, media_type=CONTENT_TYPE_LATEST)
 

@@ -20,7 +20,7 @@ from serving.core.protocol import InferCodec
 from serving.core.routing import Arm, Endpoint
 from serving.core.types import Batch
 from serving.errors import DeadlineExceeded, ModelFailed, Overloaded, ServingError, Unavailable
-from serving.gateway.infer import TICK_S, Call, Timing, monotonic
+from serving.gateway.infer import TICK_S, Call, Timing, error_of, monotonic
 from serving.gateway.layouts import Buffer, OutgoingLayouts
 from serving.gateway.links import ReplicaLink
 from serving.gateway.recorder import ArmRecorder
@@ -385,7 +385,7 @@ class ArmBatcher:
 
     def batch_failed(self, batch: list[Call], slug: str, message: str) -> None:
         """Tell the caller; of several, run each again alone, so that only the guilty one fails."""
-        error = _error(slug, f"model {self.arm.model!r} version {self.arm.version}: {message}")
+        error = error_of(slug, f"model {self.arm.model!r} version {self.arm.version}: {message}")
         # Whatever the model said of the batch, it may hold for one of its requests only.
         again = len(batch) > 1 and slug != DeadlineExceeded.slug
         for call in batch:
@@ -397,10 +397,3 @@ class ArmBatcher:
             else:
                 call.fail(error)
         self._pump()
-
-
-_ERRORS: Final = {cls.slug: cls for cls in ServingError.__subclasses__()}
-
-
-def _error(slug: str, message: str) -> ServingError:
-    return _ERRORS.get(slug, ModelFailed)(message)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from typing import TYPE_CHECKING
 
-from serving.gateway.http import SWEEP_S, HttpConnection
+from serving.gateway.http import HttpConnection
 from serving.gateway.infer import Pipeline, monotonic
+from serving.gateway.turns import SWEEP_S
 
 if TYPE_CHECKING:
     from serving.gateway.routes import Routes

@@ -1,36 +1,34 @@
 """HTTP for inference, without a task, a future or an ASGI scope a request.
 
 `HttpConnection` extends uvicorn's httptools protocol. A POST to `/v2/models/…/infer` becomes an
-`Exchange`; every other request takes uvicorn's way into Starlette. Both kinds share the connection:
-at most one is being answered at a time, later ones wait in `pipeline` in their order of arrival.
+`Exchange`; every other request takes uvicorn's way into Starlette. Here is what reads requests;
+`turns` is what answers them in order.
 
 `Exchange` stands in for uvicorn's `RequestResponseCycle` where that class only looks at
 `response_complete`, `disconnected` and `keep_alive`; the uvicorn version is pinned for it.
 
 Bounds, all enforced while reading: bytes of the head and of trailers, body bytes, time to receive a
-request, time an idle connection is kept, time a client may take to accept its reply. A client that
-does not read its replies, or sends more requests than are being answered, is not read from either:
-it holds the memory of one reply and of what one read brought.
+request. A client that does not read its replies, or sends more requests than are being answered, is
+not read from either: it holds the memory of one reply and of what one read brought.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import httptools
 from typing_extensions import override
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from serving import errors
 from serving.gateway.exchange import Exchange
 from serving.gateway.heads import KnownHead, know_head
-from serving.gateway.infer import monotonic
 from serving.gateway.targets import normal_path, origin_form
+from serving.gateway.turns import CONTINUE, Turns
 
 if TYPE_CHECKING:
     from serving.gateway.front import HttpFront
@@ -39,15 +37,10 @@ log = logging.getLogger(__name__)
 
 _PREFIX: Final = b"/v2/models/"
 _SUFFIX: Final = b"/infer"
-_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-SWEEP_S: Final = 0.5
-LINGER_S: Final = 2.0
 
 
-class HttpConnection(HttpToolsProtocol):
+class HttpConnection(Turns):
     """One client connection."""
-
-    pipeline: deque[tuple[Any, Any]]
 
     def __init__(
         self,
@@ -57,13 +50,7 @@ class HttpConnection(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self.front = front
-        # The request whose body is being received, and the one that is being answered.
-        self.incoming: Exchange | RequestResponseCycle | None = None
-        self.active: Exchange | RequestResponseCycle | None = None
-        self._advancing = False
-        self._receiving = False
+        super().__init__(front, config, server_state, app_state, _loop)
         self._in_head = True
         # Bytes since a head was complete or a piece of a body came: a head, trailers.
         self._loose_bytes = 0
@@ -73,13 +60,6 @@ class HttpConnection(HttpToolsProtocol):
         self._known: KnownHead | None = None
         self._body_bytes = 0
         self._upgrading = False
-        # Nothing more is parsed.
-        self._dead = False
-        self._eof = False
-        self._since = front.clock
-        self._blocked_since = 0.0
-        self._lingering = False
-        self._ending_since = 0.0
 
     # Transport events.
 
@@ -116,7 +96,7 @@ class HttpConnection(HttpToolsProtocol):
             self._since = self.front.clock
             exchange = known.exchange(self, data)
             self.cycle = exchange  # type: ignore[assignment]
-            self._start_or_queue(exchange)
+            self.start_or_queue(exchange)
             return
         # A head is in one piece of data, or in several that have been counted.
         self._received = self._loose_bytes + len(data)
@@ -161,28 +141,6 @@ class HttpConnection(HttpToolsProtocol):
         lines = [b"%b %b HTTP/%b\r\n" % (method, self.url, version)]
         lines += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
         pieces.append(b"".join([*lines, b"\r\n"]))
-
-    @override
-    def eof_received(self) -> bool:  # type: ignore[override]
-        """Answer what was asked before the client closed its half, then close ours."""
-        self._eof = True
-        if self._lingering or (self._receiving and self.active is self.incoming):
-            return False
-        return self.active is not None or bool(self.pipeline)
-
-    @override
-    def pause_writing(self) -> None:
-        self.flow.pause_writing()
-        self.flow.pause_reading()
-        self._blocked_since = monotonic()
-
-    @override
-    def resume_writing(self) -> None:
-        self.flow.resume_writing()
-        if self.active is None:
-            self._advance()
-        elif not self.pipeline:
-            self.flow.resume_reading()
 
     # Parser events.
 
@@ -241,9 +199,9 @@ class HttpConnection(HttpToolsProtocol):
         if exchange.content_length > self.front.limits.max_body_bytes:
             self._refuse_body()
             return
-        self._start_or_queue(exchange)
+        self.start_or_queue(exchange)
         if exchange.expect_continue and exchange is self.active:
-            self.transport.write(_CONTINUE)
+            self.transport.write(CONTINUE)
 
     def _begin_asgi(self) -> None:
         url, headers = self.url, self.headers
@@ -291,82 +249,6 @@ class HttpConnection(HttpToolsProtocol):
         if request is self.active:
             request.run()
 
-    # Turns.
-
-    def _start_or_queue(self, exchange: Exchange) -> None:
-        if self.active is None and not self.pipeline and not self.flow.write_paused:
-            self.active = exchange
-            if exchange.received:
-                exchange.run()
-        else:
-            self.flow.pause_reading()
-            self.pipeline.appendleft((exchange, self.app))
-
-    @override
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self.active = cycle
-        super()._start_asgi_task(cycle, app)
-
-    @override
-    def on_response_complete(self) -> None:
-        """One answer is written: on to the next request, or wait for it."""
-        self.server_state.total_requests += 1
-        self.active = None
-        self._since = self.front.clock
-        self._advance()
-
-    def _advance(self) -> None:
-        """Begin to answer the next request. Many may be answered at once, so no recursion."""
-        if self._advancing:
-            return
-        self._advancing = True
-        try:
-            while self.active is None and self._may_answer():
-                cycle, app = self.pipeline.pop()
-                if isinstance(cycle, Exchange):
-                    self._take_turn(cycle)
-                else:
-                    self._start_asgi_task(cycle, app)
-        finally:
-            self._advancing = False
-
-    def _may_answer(self) -> bool:
-        """Whether a request waits and may be answered now; if none waits, read on or close."""
-        if self.flow.write_paused or self._lingering or self.transport.is_closing():
-            return False
-        if not self.pipeline:
-            if self._eof:
-                self.transport.close()
-            else:
-                self.flow.resume_reading()
-        return bool(self.pipeline)
-
-    def _take_turn(self, exchange: Exchange) -> None:
-        self.active = exchange
-        if exchange.received:
-            exchange.run()
-        elif self._eof:
-            self.transport.close()
-        else:
-            # Its body is still to come.
-            self.flow.resume_reading()
-            if exchange.expect_continue:
-                self.transport.write(_CONTINUE)
-
-    def end(self) -> None:
-        """Close behind the last reply: at first our half only, if the client may still be sending.
-
-        Closing with unread bytes in the socket would reset the connection, and the reset can
-        overtake the reply: a client that is refused mid-upload would never learn why.
-        """
-        refused, self._dead = self._dead, True
-        if (self._receiving or refused) and not self.transport.is_closing():
-            self._lingering = True
-            self.transport.write_eof()
-            self.flow.resume_reading()
-        else:
-            self.transport.close()
-
     # Refusals.
 
     def refuse(self, error: Exception) -> None:
@@ -381,7 +263,7 @@ class HttpConnection(HttpToolsProtocol):
             exchange.run()
         elif incoming is None or self._replace(incoming, exchange):
             self.cycle = exchange  # type: ignore[assignment]
-            self._start_or_queue(exchange)
+            self.start_or_queue(exchange)
 
     def _replace(self, incoming: Exchange | RequestResponseCycle, exchange: Exchange) -> bool:
         """Put `exchange` where `incoming` waits, or return True if it has no place yet."""
@@ -407,27 +289,3 @@ class HttpConnection(HttpToolsProtocol):
     def _refuse_body(self) -> None:
         limit = self.front.limits.max_body_bytes
         self.refuse(errors.PayloadTooLarge(f"the request body exceeds {limit} bytes"))
-
-    def enforce_time_bounds(self, now: float) -> None:
-        """Close what is idle, refuse what arrives too slowly, drop who does not read."""
-        limits = self.front.limits
-        # `_since` was read off the sweep's clock, and may be as early as the sweep before it.
-        waited = now - self._since - SWEEP_S
-        if self._lingering or self.transport.is_closing():
-            self._ending_since = self._ending_since or now
-            patience = LINGER_S if self._lingering else limits.write_timeout_s
-            if now - self._ending_since > patience:
-                self.transport.abort()
-        elif self.flow.write_paused:
-            if now - self._blocked_since > limits.write_timeout_s:
-                self.transport.abort()
-        elif self._receiving:
-            late = waited > limits.read_timeout_s
-            if late and not self._dead and not self.flow.read_paused:
-                self.refuse(
-                    errors.RequestTimeout(
-                        f"the request did not arrive within {limits.read_timeout_s} s"
-                    )
-                )
-        elif self.active is None and waited > limits.keep_alive_s:
-            self.transport.close()

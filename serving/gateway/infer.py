@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from serving.core.batching import DEFAULT_PRIORITY, LOWEST_PRIORITY
-from serving.errors import DeadlineExceeded, InvalidRequest, ServingError, Unavailable
+from serving.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelFailed,
+    ServingError,
+    Unavailable,
+)
 
 if TYPE_CHECKING:
     from serving.core.inference import InferRequest, OutputTensor
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ERRORS: Final = {cls.slug: cls for cls in ServingError.__subclasses__()}
 MAX_TIMEOUT_S: Final = 3600.0
 # A timer may fire up to a clock tick early: what is due within it is due.
 TICK_S: Final = 0.001
@@ -202,6 +209,11 @@ class Pipeline:
         for call in late:
             call.arm.forget(call)
             call.fail(_late(call))
+
+
+def error_of(slug: str, message: str) -> ServingError:
+    """The error that a replica reported."""
+    return _ERRORS.get(slug, ModelFailed)(message)
 
 
 def _late(call: Call) -> DeadlineExceeded:

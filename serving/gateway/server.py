@@ -140,9 +140,10 @@ class GatewayServer:
             self._uvicorn.force_exit = True
             self.front.abort()
             await asyncio.wait([self._serving], timeout=_FAREWELL_S)
-        for task in self._tasks:
+        tasks = [self._serving, *self._tasks]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         with contextlib.suppress(ClusterError):
             await self._report()
         self.pipeline.close()

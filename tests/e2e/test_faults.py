@@ -47,7 +47,8 @@ def requests_total(deployment: Deployment, outcome: str = "success") -> float:
     try:
         text = deployment.metrics()
     except urllib.error.HTTPError as error:
-        assert error.code == 503
+        if error.code != 503:
+            raise
         return 0.0
     for line in text.splitlines():
         if line.startswith("serving_requests_total{") and f'outcome="{outcome}"' in line:

@@ -159,7 +159,7 @@ def tensor(name: str, rows: Any, datatype: str = "FP32", shape: Any = None) -> d
 
 
 def body(*rows: Any, **members: Any) -> bytes:
-    """An inference request with one input x of these rows; a number stands for [n, n]."""
+    """An inference request with one input x of these rows; a number n stands for [n, n]."""
     pairs = [r if isinstance(r, list) else [r, r] for r in rows]
     return json.dumps({"inputs": [tensor("x", pairs)], **members}).encode()
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from serving import tls
 from serving.config import GatewayConfig
 from serving.core.routing import Arm, Endpoint, ModelRoute, RouteTable
 from serving.core.types import Signature
@@ -30,7 +31,7 @@ from serving.gateway.http import HttpConnection
 from serving.gateway.server import GatewayServer
 from serving.replica.backends.base import Backend
 from serving.replica.engine import Engine, rules_for
-from serving.replica.server import ReplicaServer
+from serving.replica.server import ReplicaServer, TlsListener
 from tests.gateway.client import Client
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class StubController:
         self.table = RouteTable()
         self.reports: list[dict[str, Any]] = []
         self.away = False
+        self.certificates: Path | None = None
         self._changed = asyncio.Event()
 
     async def call(self, method: str, *args: Any, timeout_s: float = 5.0) -> Any:
@@ -66,6 +68,12 @@ class StubController:
         if method == "report":
             self.reports.append(args[0])
             return None
+        if method == "issue_certificate":
+            if self.certificates is None:
+                raise ClusterError("there is no certificate to be had")
+            ca = tls.ensure_ca(self.certificates)
+            cert = tls.sign_csr(self.certificates, args[0].encode())
+            return {"cert": cert.decode(), "ca": ca.decode()}
         assert method == "poll_routes"
         _, revision, wait_s = args
         try:
@@ -246,7 +254,13 @@ class Replica:
     """A real frame server over `backend`, in this process."""
 
     def __init__(
-        self, backend: Backend, directory: Path, name: str = "r1", *, max_size: int = 64
+        self,
+        backend: Backend,
+        directory: Path,
+        name: str = "r1",
+        *,
+        max_size: int = 64,
+        listener: TlsListener | None = None,
     ) -> None:
         self.backend = backend
         self.signature = backend.signature
@@ -256,8 +270,11 @@ class Replica:
             Engine(backend, rules_for(backend, max_size, None)),
             path,
             {"model": "m", "version": "1", "digest": DIGEST, "replica": name},
+            listener,
         )
         self.server.start()
+        if self.server.tcp_address is not None:
+            self.endpoint = Endpoint(name, "another node", path, self.server.tcp_address)
 
     def stop(self) -> None:
         self.server.stop()

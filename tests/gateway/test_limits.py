@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.gateway import front, http
+from serving.gateway import front, turns
 from tests.gateway.client import Client, Reply, body, chunked, get, head, infer, last, post, tensor
 from tests.gateway.harness import Gateway, Replica, arm, eventually
 from tests.gateway.models import ScriptedBackend, build
@@ -51,8 +51,8 @@ def strict(
     }
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(http, "LINGER_S", LINGER_S)
-        for module in (http, front):
+        patch.setattr(turns, "LINGER_S", LINGER_S)
+        for module in (turns, front):
             patch.setattr(module, "SWEEP_S", SWEEP_S)
         gateway = stack.enter_context(Gateway(**bounds))
         m = Replica(backend, sockets, "limits-m")

@@ -54,15 +54,27 @@ def test_requests_in_flight_are_answered(short: Gateway, replica: Replica) -> No
         holds(client, replica, behind=infer("m", 2) + get("/v2/health/live"))
         short.begin_stop()
         eventually(lambda: refused(short))
-        assert idle.closed()
         replica.backend.gate.set()
         assert client.reply().values == [2, 2]
         # uvicorn lets the last request it has read be the last of the connection.
         assert client.reply().values == [4, 4]
         assert client.reply().headers["connection"] == "close"
         assert client.closed()
+        assert idle.closed()
         short.wait_stopped()
     assert short.controller.reports[-1]["models"][0]["requests"] == {"success": 2}
+
+
+def test_a_request_on_its_way_when_the_end_begins_is_answered(
+    short: Gateway, replica: Replica
+) -> None:
+    short.publish(arm("m", [replica]))
+    with short.connect() as client:
+        assert client.ask(infer("m", 11)).values == [22, 22]
+        short.begin_stop()
+        assert client.ask(infer("m", 12)).values == [24, 24]
+        assert client.closed()
+        short.wait_stopped()
 
 
 def test_a_hung_replica_does_not_hold_up_the_end(short: Gateway, replica: Replica) -> None:
