@@ -102,6 +102,8 @@ class Load:
             version = _header(head, b"x-model-version").decode()
             self.slowest_s = max(self.slowest_s, time.monotonic() - started)
             self._end(lambda key=(status, version), body=body: self._count(key, body))
+            if _header(head, b"connection") == b"close":
+                return
             if self._pause_s:
                 await asyncio.sleep(self._pause_s)
 
