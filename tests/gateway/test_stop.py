@@ -12,6 +12,7 @@ import pytest
 import uvloop
 
 from serving.errors import ClusterError
+from serving.gateway import turns
 from tests.gateway.client import Client, body, get, head, infer, post
 from tests.gateway.harness import Gateway, Replica, arm, eventually
 from tests.gateway.models import VECTOR
@@ -75,6 +76,28 @@ def test_a_request_on_its_way_when_the_end_begins_is_answered(
         assert client.ask(infer("m", 12)).values == [24, 24]
         assert client.closed()
         short.wait_stopped()
+
+
+def test_a_request_on_its_way_to_an_idle_connection_is_answered(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "FAREWELL_S", 10.0)
+    with Gateway(drain_s=20.0) as gateway:
+        gateway.publish(arm("m", [replica]))
+        with gateway.connect() as first, gateway.connect() as second, gateway.connect() as new:
+            for client in (first, second):
+                assert client.ask(infer("m", 1)).status == 200
+            gateway.connection(new)
+            gateway.begin_stop()
+            eventually(lambda: refused(gateway))
+            for client in (first, new):
+                reply = client.ask(infer("m", 1))
+                assert reply.values == [2, 2]
+                assert reply.headers["connection"] == "close"
+                assert client.closed()
+            assert second.ask(get("/v2/health/live")).headers["connection"] == "close"
+            assert second.closed()
+            gateway.wait_stopped()
 
 
 def test_a_hung_replica_does_not_hold_up_the_end(short: Gateway, replica: Replica) -> None:
