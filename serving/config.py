@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -25,6 +26,19 @@ VERSION_PATTERN = r"^(@[A-Za-z][A-Za-z0-9_-]{0,63}|[1-9][0-9]{0,8})$"
 ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME_PATTERN)]
 VersionRef = Annotated[str, StringConstraints(pattern=VERSION_PATTERN)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+# Ray keeps these for itself, or this project gives them.
+_RESERVED_RESOURCES: Final = frozenset({"CPU", "GPU", "memory", "object_store_memory", ""})
+
+
+def _own_resources(value: dict[str, float]) -> dict[str, float]:
+    if reserved := sorted(_RESERVED_RESOURCES & value.keys()):
+        raise ValueError(f"{reserved[0]!r} cannot be asked for here; name a custom Ray resource")
+    return value
+
+
+Resources = Annotated[dict[str, PositiveFloat], AfterValidator(_own_resources)]
 
 
 class _Frozen(BaseModel):
@@ -55,7 +69,7 @@ class GatewayConfig(_Frozen):
     write_timeout_s: float = Field(
         30.0, gt=0, description="A client must accept its reply within this."
     )
-    resources: dict[str, PositiveFloat] = Field(
+    resources: Resources = Field(
         default_factory=dict, description="Ray resources each gateway needs, to choose its node."
     )
     drain_s: float = Field(
@@ -173,7 +187,7 @@ class ModelConfig(_Frozen):
         (), description="More versions, addressed by /versions/V only."
     )
     replicas: int = Field(1, ge=1, le=1000, description="Replicas per version.")
-    resources: dict[str, PositiveFloat] = Field(
+    resources: Resources = Field(
         default_factory=dict, description="Ray resources each replica needs, to choose its node."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(

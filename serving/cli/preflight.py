@@ -90,7 +90,8 @@ def running_pid(home: Path) -> int | None:
     try:
         with (home / "up.pid").open("r+", encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Shared: to look must not stop another from taking it.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
                 text = file.read().strip()
                 return int(text) if text.isdigit() else None

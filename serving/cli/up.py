@@ -81,6 +81,7 @@ def _foreground(config: ServingConfig, timeout_s: float) -> None:
         except _Stop:
             view.say("stopping; press Ctrl-C again to end it at once")
         finally:
+            signals.stopping()
             _stop(view)
     view.say("stopped")
 
@@ -97,6 +98,10 @@ class _Signals:
         """Take the signals."""
         for number in self._before:
             signal.signal(number, self._handle)
+
+    def stopping(self) -> None:
+        """From now on a signal ends everything at once: nothing may break off the clean-up."""
+        self._stopping = True
 
     def restore(self) -> None:
         """Put back what was there."""

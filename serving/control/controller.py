@@ -197,6 +197,7 @@ class Controller:
                         self._store.apply, state.to_dict(), pinned, ("apply", plan)
                     )
                     self.reconciler.adopt(state)
+                    self.fleet.forget_failed(layout.apps())
         self._wake.set()
         return plan
 
@@ -240,7 +241,7 @@ class Controller:
             async with self._step_lock:
                 await self.reconciler.refresh()
                 if look or not self.reconciler.settled:
-                    await self.reconciler.tick()
+                    await self.reconciler.tick(gateways_known=self.totals_are_current)
 
     def _failed(self, error: Exception) -> None:
         self.errors += 1

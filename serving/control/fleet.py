@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -69,6 +69,12 @@ class Fleet:
             surplus = ready[replica.app] > wanted.get(replica.app, 0)
             if now - replica.heard_at > (SURPLUS_EXPIRY_S if surplus else EXPIRY_S):
                 ready[replica.app] -= replica.state == "ready"
+                del self._replicas[key]
+
+    def forget_failed(self, apps: Collection[str]) -> None:
+        """Forget what failed replicas of these applications said: they are tried again."""
+        for key, replica in list(self._replicas.items()):
+            if replica.app in apps and replica.state == "failed":
                 del self._replicas[key]
 
     def of(self, app: str) -> list[Replica]:

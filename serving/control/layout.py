@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from serving.artifacts import ONNX_PLATFORM
 from serving.config import ModelConfig, ServingConfig
@@ -15,6 +15,9 @@ from serving.core.types import Batch
 from serving.errors import ConflictError
 
 Pins = Mapping[tuple[str, str], Resolved]
+
+# Their URLs may hold a password, which no message shows.
+_WITH_PASSWORDS: Final = frozenset({"store", "registry"})
 
 
 def references(config: ServingConfig) -> list[tuple[str, str]]:
@@ -90,11 +93,7 @@ def check_fixed_settings(new: ServingConfig, running: ServingConfig) -> None:
         if key != "models" and getattr(new, key) != getattr(running, key)
     ]
     if changed:
-        details = "; ".join(
-            f"{key} is {_plain(getattr(running, key))} where it runs, "
-            f"{_plain(getattr(new, key))} in this configuration"
-            for key in changed
-        )
+        details = "; ".join(_difference(key, running, new) for key in changed)
         raise ConflictError(
             f"only models can change while it runs; for the rest, `serving down` and `serving up`: "
             f"{details}"
@@ -109,6 +108,15 @@ def _with_running_ports(new: ServingConfig, running: ServingConfig) -> ServingCo
             port = getattr(running, section).port
             updates[section] = getattr(new, section).model_copy(update={"port": port})
     return new.model_copy(update={"home": new.home_dir, **updates})
+
+
+def _difference(key: str, running: ServingConfig, new: ServingConfig) -> str:
+    if key in _WITH_PASSWORDS:
+        return f"{key} is another where it runs"
+    return (
+        f"{key} is {_plain(getattr(running, key))} where it runs, "
+        f"{_plain(getattr(new, key))} in this configuration"
+    )
 
 
 def _plain(value: Any) -> str:

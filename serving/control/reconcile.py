@@ -112,8 +112,11 @@ class Reconciler:
         self.fleet.expire(self._clock.monotonic(), wanted)
         await self._publish()
 
-    async def tick(self) -> None:
-        """One step. Raises `StoreError` or `ClusterError`; the next one does what was not done."""
+    async def tick(self, *, gateways_known: bool = True) -> None:
+        """One step. Without `gateways_known`, who may still need it being unknown, none is retired.
+
+        Raises `StoreError` or `ClusterError`; the next one does what was not done.
+        """
         self.apps = await self._in_cluster(self._cluster.observe)
         now = self._clock.monotonic()
         decision = decide(
@@ -122,7 +125,8 @@ class Reconciler:
         await self._record(decision)
         await self._publish()
         await self._start(decision)
-        await self._retire(decision, now)
+        if gateways_known:
+            await self._retire(decision, now)
         self.settled = not (decision.pending or decision.start or decision.retire)
 
     def _observed(self) -> dict[str, ObservedApp]:
@@ -183,7 +187,8 @@ class Reconciler:
         for name in decision.retire:
             leaving = self._retiring.setdefault(name, self._leave(name, now))
             views = self.totals.views(now, self._tick_s)
-            drained = is_drained(leaving.model, leaving.version, leaving.revision, views)
+            # Where no gateway is known, nobody has said that it is done.
+            drained = views and is_drained(leaving.model, leaving.version, leaving.revision, views)
             if drained or now - leaving.since > self._drain_s:
                 done.append(name)
         if done:

@@ -20,7 +20,7 @@ from serving.core.protocol import InferCodec
 from serving.core.routing import Arm, Endpoint
 from serving.core.types import Batch
 from serving.errors import DeadlineExceeded, ModelFailed, Overloaded, ServingError, Unavailable
-from serving.gateway.infer import TICK_S, Call, Timing, error_of, monotonic
+from serving.gateway.infer import TICK_S, Call, Timing, error_of, monotonic, too_late
 from serving.gateway.layouts import Buffer, OutgoingLayouts
 from serving.gateway.links import ReplicaLink
 from serving.gateway.recorder import ArmRecorder
@@ -103,8 +103,7 @@ class ArmBatcher:
 
     def admit(self, call: Call) -> None:
         """Queue a call. Raises `Overloaded` or `Unavailable` instead of letting it wait in vain."""
-        queue = self._queue
-        rows = queue.rows
+        rows = self._queue.rows
         if self._down_since is not None or (
             rows
             and (
@@ -118,13 +117,12 @@ class ArmBatcher:
                 call.done = True
                 self.recorder.refused(error.slug, monotonic() - call.arrival)
                 raise
-        queue.push(call)
+        self._queue.push(call)
         self._schedule()
 
     def _check_room(self, call: Call) -> None:
         arm = self.arm
-        down_since = self._down_since
-        if down_since is not None and monotonic() - down_since >= arm.queue_hold_s:
+        if self._down_since is not None and self._hold is None:
             raise self._unavailable()
         if self._queue.rows + call.rows > arm.queue_max_rows:
             raise Overloaded(
@@ -132,8 +130,7 @@ class ArmBatcher:
                 f"at most {arm.queue_max_rows} may",
                 retry_after_s=1.0,
             )
-        wait = self._service.drain(self._queue.rows, self._max_rows)
-        wait /= max(1, self._connected)
+        wait = self._service.drain(self._queue.rows, self._max_rows) / max(1, self._connected)
         allowed = min(arm.queue_max_wait_s, call.deadline - monotonic())
         if wait > allowed:
             raise Overloaded(
@@ -218,6 +215,10 @@ class ArmBatcher:
         now = monotonic()
         rows = 0
         deadline = 0.0
+        if any(call.deadline <= now for call in batch):
+            batch = self._in_time(batch, now)
+            if not batch:
+                return
         for call in batch:
             call.sent = now
             call.attempts += 1
@@ -234,6 +235,14 @@ class ArmBatcher:
         link.turn = self._turn
         budget_us = max(1, int((deadline - now) * 1e6))
         link.send(batch, rows, budget_us, layout, pieces, alone=batch[0].suspect)
+
+    @staticmethod
+    def _in_time(batch: list[Call], now: float) -> list[Call]:
+        """The calls that can still be answered in time; the others are told that they cannot."""
+        for call in batch:
+            if call.deadline <= now:
+                call.fail(too_late(call))
+        return [call for call in batch if not call.done]
 
     # Links.
 
@@ -293,7 +302,6 @@ class ArmBatcher:
         Any of them may be what killed it. So each is sent alone, to a replica that has nothing else
         to do: the one that kills that one too takes no other request with it.
         """
-        self._check_ready()
         for call in chain.from_iterable(lost):
             if call.done:
                 continue
@@ -309,6 +317,7 @@ class ArmBatcher:
                     retry_after_s=1.0,
                 )
             )
+        self._check_ready()
         self._pump()
 
     def _check_ready(self) -> None:
@@ -319,18 +328,20 @@ class ArmBatcher:
         self._set_room()
         if self._connected:
             self._down_since = None
-        elif self._down_since is None:
+            return
+        if self._down_since is None:
             self._down_since = monotonic()
-            if self._hold is None:
-                self._hold = self._loop.call_later(self.arm.queue_hold_s, self._give_up_waiting)
+        if self._hold is None:
+            self._hold_on()
 
-    def _give_up_waiting(self) -> None:
+    def _hold_on(self) -> None:
+        """Let requests wait for a replica while `queue_hold_s` lasts, then answer them."""
         self._hold = None
         if self._down_since is None:
             return
         left = self._down_since + self.arm.queue_hold_s - monotonic()
         if left > TICK_S:
-            self._hold = self._loop.call_later(left, self._give_up_waiting)
+            self._hold = self._loop.call_later(left, self._hold_on)
             return
         for call in list(self._queue):
             self._queue.forget(call)
@@ -351,7 +362,7 @@ class ArmBatcher:
         compute, replica_queue = compute_us * 1e-6, queue_us * 1e-6
         self._service.observe(run_rows, compute)
         self._set_room()
-        self.recorder.batch_size.add(run_rows)
+        self.recorder.batch_size.add(rows)
         if self._queue:
             self._pump()
         counts = [call.rows for call in batch]
@@ -396,4 +407,5 @@ class ArmBatcher:
                 self._queue.push_again(call)
             else:
                 call.fail(error)
+        self._check_ready()
         self._pump()

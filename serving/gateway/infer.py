@@ -208,7 +208,7 @@ class Pipeline:
             self._watch(max(earliest, ended + 9 * (ended - started)))
         for call in late:
             call.arm.forget(call)
-            call.fail(_late(call))
+            call.fail(too_late(call))
 
 
 def error_of(slug: str, message: str) -> ServingError:
@@ -216,7 +216,8 @@ def error_of(slug: str, message: str) -> ServingError:
     return _ERRORS.get(slug, ModelFailed)(message)
 
 
-def _late(call: Call) -> DeadlineExceeded:
+def too_late(call: Call) -> DeadlineExceeded:
+    """The error of a call whose deadline has passed."""
     where = "running" if call.sent else "waiting for a replica"
     budget_ms = (call.deadline - call.arrival) * 1e3
     return DeadlineExceeded(

@@ -172,9 +172,9 @@ class Engine:
     def _lead(self, work: Work) -> None:
         """Run `work` with what may join it, then pass the lead on."""
         group = [work]
-        if self._waiting:
-            self._gather(group)
         try:
+            if self._waiting:
+                self._gather(group)
             self._run_group(group)
         finally:
             self._last_end = time.monotonic()

@@ -233,6 +233,19 @@ def test_no_replica_for_too_long(gateway: Gateway) -> None:
     assert gateway.outcomes("m") == {"unavailable": 2}
 
 
+def test_a_request_at_the_very_end_of_the_hold(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timer may fire a tick early: whoever comes in that tick finds nobody to wake it."""
+    gateway.publish(arm("m", [], of=VECTOR, queue_hold_s=60.0, timeout_s=600.0))
+    batcher = gateway.batcher("m")
+    end = batcher._down_since + 60.0
+    monkeypatch.setattr("serving.gateway.batcher.monotonic", lambda: end - 0.0005)
+    gateway.run(batcher._hold_on)
+    with gateway.connect() as client:
+        assert client.ask(infer("m", 1)).status == 503
+
+
 def test_the_hold_starts_anew_with_each_loss(gateway: Gateway, run_dir: Path) -> None:
     hold_s = 0.4
     replica = Replica(ScriptedBackend(), run_dir)

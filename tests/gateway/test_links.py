@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -184,6 +185,41 @@ def test_an_unreachable_replica_is_told_of_once(
     (record,) = (r for r in caplog.records if "not reachable" in r.getMessage())
     assert DIGEST in record.getMessage()
     assert "sha256:1" in record.getMessage()
+
+
+def test_a_loss_with_no_time_to_wait_for_another(gateway: Gateway, rogue: StartRogue) -> None:
+    lost = rogue(lambda i, rows, data: None)
+    gateway.publish(arm("m", [lost], queue_hold_s=0.0))
+    with gateway.connect() as client:
+        reply = client.ask(infer("m", 1))
+        assert reply.status == 503
+        assert "no replica" in reply.error
+    assert lost.batches == [1]
+
+
+def test_a_failed_batch_of_the_last_replica_that_leaves(
+    gateway: Gateway, rogue: StartRogue
+) -> None:
+    """Its requests cannot be sent again to anyone."""
+    failing, fail = threading.Event(), threading.Event()
+
+    def answer(batch_id: int, rows: int, payload: bytes) -> bytes:
+        failing.set()
+        fail.wait(10)
+        body = {"slug": "model_failed", "message": "at last"}
+        return frames.encode_json(Kind.FAILED, body, frames.BATCH_ID.pack(batch_id))
+
+    only = rogue(answer)
+    settings = {"max_size": 2, "max_delay_s": NEVER_S, "queue_hold_s": 0.1}
+    gateway.publish(arm("m", [only], **settings))
+    batcher = gateway.batcher("m")
+    with callers(gateway, 2) as clients:
+        send_all(clients, [1, 2])
+        assert failing.wait(10)
+        gateway.publish(arm("m", [], of=only.signature, **settings))
+        gateway.until(lambda: not batcher.ready and batcher._hold is None)
+        fail.set()
+        assert [c.reply().status for c in clients] == [503, 503]
 
 
 def test_three_missed_heartbeats(
