@@ -20,7 +20,7 @@ from serving.core.protocol import InferCodec
 from serving.core.routing import Arm, Endpoint
 from serving.core.types import Batch
 from serving.errors import DeadlineExceeded, ModelFailed, Overloaded, ServingError, Unavailable
-from serving.gateway.infer import TICK_S, Call, Timing, error_of, monotonic, too_late
+from serving.gateway.infer import TICK_S, Call, Timing, error_of, in_time, monotonic
 from serving.gateway.layouts import Buffer, OutgoingLayouts
 from serving.gateway.links import ReplicaLink
 from serving.gateway.recorder import ArmRecorder
@@ -48,7 +48,8 @@ class ArmBatcher:
         self._delay: asyncio.TimerHandle | None = None
         self._hold: asyncio.TimerHandle | None = None
         self._retired = False
-        self._closed = False
+        # Whether this version has left for good.
+        self.closed = False
         self._turn = 0
         self._batched = arm.signature.batch is not Batch.NONE
         self._layouts = OutgoingLayouts(arm.signature)
@@ -215,10 +216,9 @@ class ArmBatcher:
         now = monotonic()
         rows = 0
         deadline = 0.0
-        if any(call.deadline <= now for call in batch):
-            batch = self._in_time(batch, now)
-            if not batch:
-                return
+        batch = in_time(batch, now)
+        if not batch:
+            return
         for call in batch:
             call.sent = now
             call.attempts += 1
@@ -235,14 +235,6 @@ class ArmBatcher:
         link.turn = self._turn
         budget_us = max(1, int((deadline - now) * 1e6))
         link.send(batch, rows, budget_us, layout, pieces, alone=batch[0].suspect)
-
-    @staticmethod
-    def _in_time(batch: list[Call], now: float) -> list[Call]:
-        """The calls that can still be answered in time; the others are told that they cannot."""
-        for call in batch:
-            if call.deadline <= now:
-                call.fail(too_late(call))
-        return [call for call in batch if not call.done]
 
     # Links.
 
@@ -268,14 +260,9 @@ class ArmBatcher:
         self._retired = True
         self._close_if_settled()
 
-    @property
-    def closed(self) -> bool:
-        """Whether this version has left for good."""
-        return self._closed
-
     def close(self) -> list[asyncio.Task[None]]:
         """Drop the links, and stop every timer. Returns what has yet to notice its cancellation."""
-        self._closed = True
+        self.closed = True
         for timer in (self._delay, self._hold):
             if timer is not None:
                 timer.cancel()
@@ -284,7 +271,7 @@ class ArmBatcher:
         return [task for link in links.values() if (task := link.close()) is not None]
 
     def _close_if_settled(self) -> None:
-        if self._retired and not self._closed and not self._queue and not self.in_flight:
+        if self._retired and not self.closed and not self._queue and not self.in_flight:
             self.close()
 
     def link_closed(self, link: ReplicaLink[list[Call]]) -> None:
@@ -322,7 +309,7 @@ class ArmBatcher:
 
     def _check_ready(self) -> None:
         """Note since when there is no replica, or that there is one."""
-        if self._closed:
+        if self.closed:
             return
         self._connected = sum(link.up for link in self.links.values())
         self._set_room()

@@ -208,7 +208,17 @@ class Pipeline:
             self._watch(max(earliest, ended + 9 * (ended - started)))
         for call in late:
             call.arm.forget(call)
-            call.fail(too_late(call))
+            call.fail(_late(call))
+
+
+def in_time(calls: list[Call], now: float) -> list[Call]:
+    """Those that can still be answered in time; the others are told that they cannot."""
+    if all(call.deadline > now for call in calls):
+        return calls
+    for call in calls:
+        if call.deadline <= now:
+            call.fail(_late(call))
+    return [call for call in calls if not call.done]
 
 
 def error_of(slug: str, message: str) -> ServingError:
@@ -216,8 +226,7 @@ def error_of(slug: str, message: str) -> ServingError:
     return _ERRORS.get(slug, ModelFailed)(message)
 
 
-def too_late(call: Call) -> DeadlineExceeded:
-    """The error of a call whose deadline has passed."""
+def _late(call: Call) -> DeadlineExceeded:
     where = "running" if call.sent else "waiting for a replica"
     budget_ms = (call.deadline - call.arrival) * 1e3
     return DeadlineExceeded(
