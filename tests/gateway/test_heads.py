@@ -118,3 +118,15 @@ def test_blank_lines_before_a_repeated_head(served: Gateway) -> None:
             assert client.ask(b"\r\n" + request).values == [22, 22]
             client.send(b"\r\n")
             assert client.ask(request).values == [22, 22]
+
+
+def test_a_request_that_is_late_when_it_could_be_sent_is_not_sent(
+    gateway: Gateway, replica: Replica
+) -> None:
+    gateway.publish(arm("m", [replica]))
+    with gateway.connect() as client:
+        assert client.ask(infer("m", 1)).values == [2, 2]
+        reply = client.ask(infer("m", 7, headers=["x-request-timeout-ms: 0.0001"]))
+        assert reply.status == 504
+        assert client.ask(infer("m", 2)).values == [4, 4]
+    assert 7 not in replica.backend.seen
