@@ -23,9 +23,9 @@ M = "/v2/models/m/infer"
 INDEX = "/v2/repository/index"
 HEAD_BYTES = 8 << 10
 BODY_BYTES = 1 << 20
-READ_S = 0.2
+READ_S = 0.5
 WRITE_S = 0.3
-KEEP_ALIVE_S = 0.3
+KEEP_ALIVE_S = 1.0
 LINGER_S = 0.3
 SWEEP_S = 0.05
 # For a loaded machine.
@@ -245,10 +245,12 @@ def wide(values: int, *headers: str) -> bytes:
 
 
 def shrink(gateway: Gateway, client: Client) -> None:
-    """Make the kernel hold little of what the gateway sends to this client."""
+    """Make the kernel hold little of what the gateway and this client send to each other."""
     connection = gateway.connection(client)
     sock = connection.transport.get_extra_info("socket")
-    gateway.run(lambda: sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096))
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    for option, size in ((socket.SO_SNDBUF, 4096), (socket.SO_RCVBUF, 1 << 16)):
+        gateway.run(lambda o=option, s=size: sock.setsockopt(socket.SOL_SOCKET, o, s))
 
 
 def test_a_reader_too_slow_for_its_replies(gateway: Gateway, run_dir: Path, tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_a_reader_too_slow_for_its_replies(gateway: Gateway, run_dir: Path, tmp_
 
 def test_many_small_requests_do_not_pile_up(gateway: Gateway, replica: Replica) -> None:
     gateway.publish(arm("m", [replica]))
-    count = 20_000
+    count = 8_000
     replica.backend.gate.clear()
     with gateway.connect() as client:
         client.send(infer("m", 1))
