@@ -10,6 +10,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveFloat,
@@ -24,7 +25,16 @@ MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 VERSION_PATTERN = r"^(@[A-Za-z][A-Za-z0-9_-]{0,63}|[1-9][0-9]{0,8})$"
 
 ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME_PATTERN)]
-VersionRef = Annotated[str, StringConstraints(pattern=VERSION_PATTERN)]
+
+
+def _version_number(value: object) -> object:
+    """A version written without quotes is a number in YAML."""
+    return str(value) if type(value) is int else value
+
+
+VersionRef = Annotated[
+    str, BeforeValidator(_version_number), StringConstraints(pattern=VERSION_PATTERN)
+]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
