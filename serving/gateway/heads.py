@@ -1,7 +1,6 @@
 """Request heads that a connection has seen: what is repeated byte for byte is not parsed again.
 
-A client that keeps its connection mostly sends one head over and over, and parsing it costs a
-quarter of the gateway's time for a small request. When a piece of data begins with the head of the
+A client that keeps its connection mostly sends one head over and over. When a piece of data begins with the head of the
 last request, to the byte, and is as long as that request was, it is that request with another body:
 parsed again, it would give the same result.
 """
