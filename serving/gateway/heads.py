@@ -1,8 +1,8 @@
 """Request heads that a connection has seen: what is repeated byte for byte is not parsed again.
 
-A client that keeps its connection mostly sends one head over and over. When a piece of data begins with the head of the
-last request, to the byte, and is as long as that request was, it is that request with another body:
-parsed again, it would give the same result.
+A client that keeps its connection mostly sends one head over and over. When a piece of data begins
+with the head of the last request, to the byte, and is as long as that request was, it is that
+request with another body: parsed again, it would give the same result.
 """
 
 from __future__ import annotations
