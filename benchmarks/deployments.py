@@ -20,6 +20,7 @@ import psutil
 from benchmarks import models, processes
 from benchmarks.errors import BenchmarkError
 from benchmarks.machine import ROOT
+from models.processes import session
 from serving.config import load_config
 
 _SERVING = str(Path(sys.executable).with_name("serving"))
@@ -169,7 +170,7 @@ def _stop(process: subprocess.Popen[bytes]) -> list[str]:
             process.wait(_STOP_TIMEOUT_S)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(processes.session(process.pid), timeout=10)
+    _, alive = psutil.wait_procs(session(process.pid), timeout=10)
     left = []
     for survivor in alive:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
@@ -51,16 +50,6 @@ def tree(root: int) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def session(leader: int) -> list[psutil.Process]:
-    """What runs of the session that `leader` began, whoever its parent is by now."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError):
-            if os.getsid(process.pid) == leader:
-                found.append(process)
-    return found
 
 
 def usage(root: int, *, memory: bool = False) -> list[ProcessUsage]:

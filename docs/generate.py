@@ -36,8 +36,8 @@ _YAML_HEAD: Final = """\
 """
 _ENVIRONMENT: Final = {
     "SERVING_HOME": "Overrides `home` of the configuration.",
-    "SERVING_CONTROL_URL": "The admin API, where neither `--url` nor `-f` says.",
-    "SERVING_URL": "The gateway for `serving infer`, where neither `--url` nor `-f` says.",
+    "SERVING_CONTROL_URL": "The admin API, where neither `--url` nor `-f` is given.",
+    "SERVING_URL": "The gateway for `serving infer`, where neither `--url` nor `-f` is given.",
     "SERVING_LOG": "`plain` (default) or `json`.",
     "SERVING_LOG_LEVEL": "`debug`, `info` (default), `warning` or `error`.",
     "SERVING_DEBUG": "Set: an internal error shows its traceback.",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.config import ServingConfig
-from serving.errors import ClusterError, operator_error
+from serving.errors import ClusterError, first_line, operator_error
 
 REPLICA_CLASS: Final = "serving.replica.deployment:ModelReplica"
 CONTROLLER_APP: Final = "controller"
@@ -54,6 +54,9 @@ _EMBEDDED_FLAGS: Final = {
 _RUN: Final = "run"
 # 107 less "/", 8 characters of hash, "/" and "r-<16 characters>.sock".
 _RUN_DIR_LENGTH: Final = 74
+# 107 less "/", 42 characters of session name and "/sockets/plasma_store".
+_RAY_DIR_LENGTH: Final = 43
+_SHORT_TEMP: Final = Path("/tmp")
 _DELETE_S: Final = 60.0
 _CALL_TIMEOUT_S: Final = 10.0
 _APPLY_TIMEOUT_S: Final = 600.0
@@ -83,13 +86,40 @@ def keep_to_loopback() -> None:
     tls_utils.add_port_to_grpc_server = on_loopback
 
 
+def load_ray() -> None:
+    """Import what an embedded Ray needs of this process: seconds."""
+    prepare_environment()
+    import serving.control.deployment
+    import serving.gateway.deployment  # noqa: F401
+
+
 def external_cluster() -> str | None:
     """RAY_ADDRESS, if there is one: deploy there instead of starting a local Ray."""
     return os.environ.get("RAY_ADDRESS") or None
 
 
-def start_ray(config: ServingConfig) -> None:
-    """Start the embedded Ray and Serve on it, on loopback only. Raises `ClusterError`."""
+def make_ray_dir() -> Path:
+    """A new directory for an embedded Ray's logs and sockets, in RAY_TMPDIR or TMPDIR.
+
+    Where that is too long for a socket's path, in /tmp. Raises `ClusterError`.
+    """
+    parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    name = "serving-ray-XXXXXXXX"
+    if len(str(parent / name)) > _RAY_DIR_LENGTH:
+        parent = _SHORT_TEMP
+    try:
+        return Path(tempfile.mkdtemp(prefix=name.rstrip("X"), dir=parent))
+    except OSError as error:
+        raise ClusterError(
+            f"no directory for Ray can be made in {parent}: {error.strerror or error}"
+        ) from error
+
+
+def start_ray(config: ServingConfig, directory: Path) -> None:
+    """Start the embedded Ray and Serve on it, on loopback only. Raises `ClusterError`.
+
+    `directory` is for its logs and sockets; see `make_ray_dir`.
+    """
     prepare_environment()
     _adopt_orphans()
     # Sockets of replicas that were killed.
@@ -103,6 +133,7 @@ def start_ray(config: ServingConfig) -> None:
             address="local",
             num_cpus=config.cluster.num_cpus,
             include_dashboard=False,
+            _temp_dir=str(directory),
             _node_ip_address="127.0.0.1",
             logging_level="ERROR",
             log_to_driver=False,
@@ -111,7 +142,7 @@ def start_ray(config: ServingConfig) -> None:
         )
         _start_serve(serve)
     except Exception as error:
-        raise ClusterError(f"the local Ray does not start: {_first_line(error)}") from error
+        raise ClusterError(f"the local Ray does not start: {first_line(error)}") from error
 
 
 def connect_ray(address: str) -> None:
@@ -126,7 +157,7 @@ def connect_ray(address: str) -> None:
         _start_serve(serve)
     except Exception as error:
         raise ClusterError(
-            f"the Ray cluster at {address} cannot be used: {_first_line(error)}"
+            f"the Ray cluster at {address} cannot be used: {first_line(error)}"
         ) from error
 
 
@@ -140,8 +171,26 @@ def _start_serve(serve: Any) -> None:
     )
 
 
-def deploy(config: ServingConfig, *, embedded: bool) -> None:
-    """Start the controller and the gateways, without waiting for them. Raises `ClusterError`."""
+def deploy(config: ServingConfig, *, embedded: bool) -> str:
+    """Start the controller and the gateways, without waiting for them. Raises `ClusterError`.
+
+    Returns the deployment's id, which its controller's status repeats.
+    """
+    from ray import serve
+
+    deployment = uuid.uuid4().hex
+    try:
+        serve.run_many(
+            _applications(config, deployment, embedded=embedded),
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+    except Exception as error:
+        raise ClusterError(f"cannot deploy: {first_line(error)}") from error
+    return deployment
+
+
+def _applications(config: ServingConfig, deployment: str, *, embedded: bool) -> list[Any]:
     from ray import serve
 
     from serving.control.cluster import replica_options
@@ -149,11 +198,10 @@ def deploy(config: ServingConfig, *, embedded: bool) -> None:
     from serving.gateway.deployment import Gateway
 
     env = {} if embedded else SERVE_FLAGS
-    options = replica_options(env, {})
     plain = config.model_dump(mode="json")
     control = {
         "config": plain,
-        "deployment": uuid.uuid4().hex,
+        "deployment": deployment,
         "replica_class": REPLICA_CLASS,
         "run_prefix": run_prefix(config.home_dir, embedded=embedded),
         "env": env,
@@ -169,19 +217,12 @@ def deploy(config: ServingConfig, *, embedded: bool) -> None:
         max_ongoing_requests=100,
     ).bind(plain)
     controller = controller_class.options(
-        **options, num_replicas=1, max_ongoing_requests=1000
+        **replica_options(env, {}), num_replicas=1, max_ongoing_requests=1000
     ).bind(control)
-    try:
-        serve.run_many(
-            [
-                serve.RunTarget(controller, name=CONTROLLER_APP, route_prefix=None),
-                serve.RunTarget(gateway, name=GATEWAY_APP, route_prefix=None),
-            ],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
-    except Exception as error:
-        raise ClusterError(f"cannot deploy: {_first_line(error)}") from error
+    return [
+        serve.RunTarget(controller, name=CONTROLLER_APP, route_prefix=None),
+        serve.RunTarget(gateway, name=GATEWAY_APP, route_prefix=None),
+    ]
 
 
 class ControllerHandle:
@@ -189,14 +230,6 @@ class ControllerHandle:
 
     def __init__(self) -> None:
         self._handle: Any = None
-
-    def healthy(self) -> bool:
-        """Whether it answers."""
-        try:
-            self.status()
-        except ClusterError:
-            return False
-        return True
 
     def status(self) -> dict[str, Any]:
         """What runs. Raises `ClusterError`."""
@@ -220,16 +253,8 @@ class ControllerHandle:
             call = getattr(self._handle, method).remote(*args)
             answer: dict[str, Any] = call.result(timeout_s=timeout_s)
         except (RayError, RayServeException, TimeoutError) as error:
-            raise ClusterError(f"the controller does not answer: {_first_line(error)}") from error
+            raise ClusterError(f"the controller does not answer: {first_line(error)}") from error
         return answer
-
-
-def log_dir() -> Path:
-    """Where the processes of the connected Ray write their logs, on this machine."""
-    import ray
-
-    session: str = ray.get_runtime_context().get_session_name()
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / session / "logs"
 
 
 def run_prefix(home: Path, *, embedded: bool) -> str:
@@ -242,7 +267,9 @@ def run_prefix(home: Path, *, embedded: bool) -> str:
     if embedded and len(str(inside)) <= _RUN_DIR_LENGTH:
         return f"{inside}/"
     tag = hashlib.sha256(str(home).encode()).hexdigest()[:8]
-    return f"{tempfile.gettempdir()}/serving-{os.getuid()}-{tag}-"
+    name = f"serving-{os.getuid()}-{tag}-"
+    prefix = f"{tempfile.gettempdir()}/{name}"
+    return prefix if len(prefix) <= _RUN_DIR_LENGTH else f"{_SHORT_TEMP}/{name}"
 
 
 def deployed_apps() -> dict[str, tuple[str, str]]:
@@ -319,10 +346,6 @@ def _adopt_orphans() -> None:
     """Become the parent of descendants whose parent dies, so that none is lost (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def reason(message: str) -> str:

@@ -69,6 +69,19 @@ class GatewayConfig(_Frozen):
     max_body_bytes: int = Field(
         64 << 20, ge=1024, description="Largest request body, after decompression."
     )
+    max_json_bytes: int = Field(
+        16 << 20,
+        ge=1024,
+        description="Largest JSON in a request; larger tensors are sent as binary data.",
+    )
+    max_held_bytes: int = Field(
+        1 << 30,
+        ge=1 << 20,
+        description="Most bytes of large request bodies that one gateway holds at a time.",
+    )
+    max_connections: int = Field(
+        10_000, ge=1, description="Most client connections to one gateway at a time."
+    )
     max_header_bytes: int = Field(64 << 10, ge=1024, description="Largest request head.")
     max_json_depth: int = Field(32, ge=4, le=512, description="Deepest nesting of a JSON body.")
     max_elements: int = Field(1 << 26, ge=1, description="Most elements in one tensor.")
@@ -266,7 +279,8 @@ def load_config(path: Path | None) -> ServingConfig:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: is not valid YAML: {_one_line(error)}") from error
+            hint = _quote_alias(error)
+            raise ConfigError(f"{path}: is not valid YAML: {_one_line(error)}{hint}") from error
         raw = {} if raw is None else raw
         if not isinstance(raw, dict):
             raise ConfigError(
@@ -287,6 +301,8 @@ def parse_config(raw: dict[str, Any], *, source: str) -> ServingConfig:
 
 def _explain(source: str, error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if part != "[key]") or "(top level)"
+    if error["input"] is None and error["type"] in ("model_type", "dict_type"):
+        return f"{source}: {where!r} has nothing after it; write its settings, or {{}} for defaults"
     if error["type"] == "extra_forbidden":
         allowed = ", ".join(_allowed_keys(error["loc"][:-1]))
         return f"{source}: unknown key {where!r}; allowed here: {allowed}"
@@ -317,6 +333,13 @@ def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return sorted(model.model_fields)
+
+
+def _quote_alias(error: Exception) -> str:
+    """YAML reserves "@": the mistake that everybody makes once."""
+    if isinstance(error, yaml.scanner.ScannerError) and "'@'" in str(error.problem):
+        return '; an alias needs quotes, as in version: "@champion"'
+    return ""
 
 
 def _one_line(error: Exception) -> str:

@@ -182,3 +182,8 @@ def operator_error(slug: str, sentence: str) -> OperatorError:
     """The error that `slug` names, as another process reported it; else a `ClusterError`."""
     kinds = {kind.slug: kind for kind in OperatorError.__subclasses__()}
     return kinds.get(slug, ClusterError)(sentence)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, cut to its first line; its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

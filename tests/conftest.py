@@ -1,14 +1,17 @@
 """Models that tests serve, registered once, and one deployment that tests share."""
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from models.zoo.catalogue import build
+from serving import compose
 from tests.e2e.deployment import Deployment, register
 
 
@@ -45,6 +48,16 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         home, "sleeper", work / "sleeper.ts", "--sample", work / "sample.npz", "--batch", "dynamic"
     )
     return home
+
+
+@pytest.fixture
+def ray_serve() -> ModuleType:
+    """`ray.serve`, imported as every process of ours does; its import warns."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setattr(os, "environ", os.environ.copy())
+        compose.prepare_environment()
+        from ray import serve
+    return serve
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,8 +35,10 @@ from rich.table import Table
 
 from models.digits import train
 from models.digits.data import DATASET_NAME, DATASET_URI, Images, Labels, load_digits
+from models.processes import session
 from serving.artifacts import EXPORT_PLATFORM, ONNX_PLATFORM
 from serving.cli.client import Admin
+from serving.cli.preflight import port_problem
 from serving.config import load_config
 from serving.errors import ClusterError, OperatorError
 
@@ -173,7 +174,7 @@ def _config_with_free_ports(directory: Path) -> Path:
         "gateway": (config.gateway.host, config.gateway.port),
         "control": (config.control.host, config.control.port),
     }
-    taken = [name for name, address in addresses.items() if not _is_free(*address)]
+    taken = [name for name, address in addresses.items() if port_problem(name, *address)]
     if not taken:
         return CONFIG
     raw = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
@@ -182,16 +183,6 @@ def _config_with_free_ports(directory: Path) -> Path:
     copy = directory / "demo.yaml"
     copy.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return copy
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 @contextlib.contextmanager
@@ -250,22 +241,12 @@ def _stop(process: subprocess.Popen[str]) -> None:
     finally:
         process.kill()
         process.wait()
-        _, left = psutil.wait_procs(_session(process.pid), timeout=5)
+        _, left = psutil.wait_procs(session(process.pid), timeout=5)
         for survivor in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 survivor.kill()
     if left:
         raise ClusterError(f"the gateway left {len(left)} processes behind; killed")
-
-
-def _session(leader: int) -> list[psutil.Process]:
-    """What still runs of the session that `leader` began, whoever its parent is by now."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError):
-            if os.getsid(process.pid) == leader:
-                found.append(process)
-    return found
 
 
 def _post_all(url: str, version: str, images: Images, labels: Labels) -> Served:

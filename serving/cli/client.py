@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 from serving import errors
 from serving.errors import ClusterError, OperatorError
 
-DEFAULT_URL: Final = "http://127.0.0.1:8002"
 _TIMEOUT_S: Final = 10.0
 _APPLY_TIMEOUT_S: Final = 600.0
 # Loopback and cluster addresses: a proxy of the environment must not come between.
 _OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def admin_url(url: str | None, config: Path | None) -> str:
-    """`--url`, else from the configuration file, else SERVING_CONTROL_URL, else the default."""
-    if url:
-        return url.rstrip("/")
-    if config is not None:
-        from serving.config import load_config, reachable_url
-
-        control = load_config(config).control
-        return reachable_url(control.host, control.port)
-    return os.environ.get("SERVING_CONTROL_URL", DEFAULT_URL).rstrip("/")
 
 
 class Admin:
@@ -42,13 +27,6 @@ class Admin:
     def status(self) -> dict[str, Any]:
         """What runs. Raises `OperatorError`."""
         return self._call("/v1/status")
-
-    def healthy(self) -> bool:
-        """Whether the controller answers."""
-        try:
-            return bool(self._call("/healthz")["ok"])
-        except OperatorError:
-            return False
 
     def apply(self, config: dict[str, Any], *, dry_run: bool) -> dict[str, Any]:
         """Send a configuration; the plan. Raises `OperatorError`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,9 @@ ConfigFile = Annotated[
 ]
 Url = Annotated[
     str | None,
-    typer.Option("--url", help="Admin API; default: from -f, SERVING_CONTROL_URL, or port 8002."),
+    typer.Option(
+        "--url", help="Admin API; default: what runs on the home, else its configured port."
+    ),
 ]
 
 
@@ -47,20 +49,37 @@ def apply(
         bool, typer.Option("--dry-run", help="Print the plan, change nothing.")
     ] = False,
     wait: Annotated[bool, typer.Option(help="Wait until it runs.")] = True,
+    stop_all: Annotated[
+        bool, typer.Option("--stop-all", help="Allow a file without models to stop all that run.")
+    ] = False,
 ) -> None:
     """Resolve aliases, print the plan, then make what runs equal to the file."""
-    from serving.cli.client import Admin, admin_url
+    from serving.cli.client import Admin
+    from serving.cli.home import admin_url
     from serving.cli.render import Progress, plan_table, show_view
     from serving.config import load_config
 
     admin = Admin(admin_url(url, file))
     config = load_config(file)
     config = config.model_copy(update={"home": config.home_dir})
-    plan = admin.apply(config.model_dump(mode="json"), dry_run=dry_run)
+    raw = config.model_dump(mode="json")
+    if not config.models and not (dry_run or stop_all):
+        _refuse_to_stop_all(file, admin.apply(raw, dry_run=True))
+    plan = admin.apply(raw, dry_run=dry_run)
     show_view(plan_table(plan))
     if not dry_run and wait:
         admin.wait_converged(plan["apply"], Progress())
         typer.echo("done")
+
+
+def _refuse_to_stop_all(file: Path, plan: dict[str, Any]) -> None:
+    from serving.errors import ConfigError
+
+    if stopped := sorted({row["model"] for row in plan["changes"] if row["change"] == "stop"}):
+        raise ConfigError(
+            f"{file}: it has no models, so this would stop all that run: {', '.join(stopped)}; "
+            "add models, or say --stop-all"
+        )
 
 
 def status(
@@ -69,7 +88,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
     """Show models, versions, replicas, traffic and errors."""
-    from serving.cli.client import Admin, admin_url
+    from serving.cli.client import Admin
+    from serving.cli.home import admin_url
     from serving.cli.render import show_view, status_view
 
     found = Admin(admin_url(url, file)).status()

@@ -169,24 +169,22 @@ def _open_files() -> Finding:
 
 
 def _ports(config: ServingConfig) -> Iterator[Finding]:
-    from serving.cli import preflight
+    from serving.cli import home, preflight
 
     listeners = {
         "gateway": (config.gateway.host, config.gateway.port),
         "control": (config.control.host, config.control.port),
     }
-    owner = preflight.running_pid(config.home_dir)
+    owner = home.running(config.home_dir)
     for section, (host, port) in listeners.items():
         where = f"{host}:{port}"
-        if preflight.port_error(host, port) is None:
+        problem = preflight.port_problem(section, host, port)
+        if problem is None:
             yield Finding(f"{section} port", "ok", f"{where} is free")
         elif owner is not None:
-            yield Finding(f"{section} port", "ok", f"{where}, held by `serving up` ({owner})")
+            yield Finding(f"{section} port", "ok", f"{where}, held by `serving up` ({owner.pid})")
         else:
-            advice = f"Stop what listens there, or set {section}.port"
-            yield Finding(
-                f"{section} port", "fail", f"{where}: {preflight.port_error(host, port)}", advice
-            )
+            yield Finding(f"{section} port", "fail", f"{where}: {problem.fact}", problem.advice)
 
 
 def _disk(home: Path) -> Finding:

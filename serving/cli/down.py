@@ -11,7 +11,7 @@ from typing import Final
 import typer
 
 from serving import compose
-from serving.cli import preflight
+from serving.cli import home
 from serving.config import load_config
 from serving.errors import ClusterError, ConflictError
 
@@ -25,17 +25,17 @@ def run(file: Path | None) -> None:
     if address is not None:
         _remove(address)
         return
-    pid = preflight.running_pid(config.home_dir)
-    if pid is None:
+    found = home.running(config.home_dir)
+    if found is None:
         raise ConflictError(
             f"nothing runs on {config.home_dir}; for a cluster, set RAY_ADDRESS, for another home, "
             "use -f or SERVING_HOME"
         )
-    os.kill(pid, signal.SIGTERM)
+    os.kill(found.pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_S
-    while preflight.running_pid(config.home_dir) == pid:
+    while home.running(config.home_dir) == found:
         if time.monotonic() > deadline:
-            raise ClusterError(f"process {pid} did not stop within {_STOP_S:g} s")
+            raise ClusterError(f"process {found.pid} did not stop within {_STOP_S:g} s")
         time.sleep(0.1)
     typer.echo("stopped")
 

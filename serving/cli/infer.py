@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
+import sys
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -14,6 +15,7 @@ from urllib.parse import quote
 
 import typer
 
+from serving.cli.registry import open_registry, split
 from serving.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-DEFAULT_URL: Final = "http://127.0.0.1:8000"
+STDIN: Final = Path("-")
 _HEADER: Final = "Inference-Header-Content-Length"
 _LENGTH: Final = struct.Struct("<I")
 
@@ -32,15 +34,19 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def infer(
-    name: Annotated[str, typer.Argument(help="The model's name.")],
+    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME/VERSION.")],
     source: Annotated[
-        Path, typer.Option("--input", help="x.npz (arrays by input name), x.npy, or x.json.")
+        Path,
+        typer.Option(
+            "--input", help="x.npz (arrays by input name), x.npy, x.json, or - for JSON on stdin."
+        ),
     ],
     version: Annotated[
         str | None, typer.Option(help="A served version; default: the model's own.")
     ] = None,
     url: Annotated[
-        str | None, typer.Option(help="Gateway; default: from -f, SERVING_URL, or port 8000.")
+        str | None,
+        typer.Option(help="Gateway; default: what runs on the home, else its configured port."),
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Configuration file that names the gateway.")
@@ -48,7 +54,10 @@ def infer(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 60.0,
 ) -> None:
     """Send one inference request and print the outputs as JSON."""
-    base = f"{_gateway_url(url, file)}/v2/models/{quote(name, safe='')}"
+    from serving.cli.home import gateway_url
+
+    name, version = _name_and_version(model, version, file)
+    base = f"{gateway_url(url, file)}/v2/models/{quote(name, safe='')}"
     if version is not None:
         base += f"/versions/{quote(version, safe='')}"
     declared = _call(base, None, {}, timeout)[0]["inputs"]
@@ -57,15 +66,16 @@ def infer(
     typer.echo(json.dumps(_decode(answer, tail), indent=2))
 
 
-def _gateway_url(url: str | None, file: Path | None) -> str:
-    if url:
-        return url.rstrip("/")
-    if file is not None:
-        from serving.config import load_config, reachable_url
-
-        gateway = load_config(file).gateway
-        return reachable_url(gateway.host, gateway.port)
-    return os.environ.get("SERVING_URL", DEFAULT_URL).rstrip("/")
+def _name_and_version(model: str, version: str | None, file: Path | None) -> tuple[str, str | None]:
+    """The name, and the version if one is asked for; the registry says what an alias names."""
+    name, ref = split(model)
+    if ref is None:
+        return name, version
+    if version is not None:
+        raise ConfigError(f"{model!r} names a version already; leave out --version {version}")
+    if ref.startswith("@"):
+        return name, open_registry(file).get(name, ref).version
+    return name, ref
 
 
 def _read_inputs(source: Path, declared: list[dict[str, Any]]) -> list[tuple[str, str, Array]]:
@@ -73,18 +83,21 @@ def _read_inputs(source: Path, declared: list[dict[str, Any]]) -> list[tuple[str
     import numpy as np
 
     try:
-        if source.suffix == ".npz":
+        if source == STDIN:
+            source = Path("standard input")  # for messages
+            found: Mapping[str, Any] = _from_json(source, sys.stdin.read(), declared)
+        elif source.suffix == ".npz":
             with np.load(source, allow_pickle=False) as archive:
-                found: Mapping[str, Any] = {key: archive[key] for key in archive.files}
+                found = {key: archive[key] for key in archive.files}
         elif source.suffix == ".npy":
             found = {_only(source, declared): np.load(source, allow_pickle=False)}
         elif source.suffix == ".json":
-            found = _from_json(source, declared)
+            found = _from_json(source, source.read_text(encoding="utf-8"), declared)
         else:
-            raise ConfigError(f"{source}: expected a .npz, .npy or .json file")
+            raise ConfigError(f"{source}: expected a .npz, .npy or .json file, or - for stdin")
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{source}: {error}") from error
     datatypes = {tensor["name"]: tensor["datatype"] for tensor in declared}
     if unknown := found.keys() - datatypes.keys():
@@ -104,18 +117,23 @@ def _only(source: Path, declared: list[dict[str, Any]]) -> str:
     return str(declared[0]["name"])
 
 
-def _from_json(source: Path, declared: list[dict[str, Any]]) -> Mapping[str, Any]:
+def _from_json(source: Path, text: str, declared: list[dict[str, Any]]) -> Mapping[str, Any]:
     """A mapping of input names to nested lists, or the nested list of the only input."""
-    parsed = json.loads(source.read_text(encoding="utf-8"))
+    parsed = json.loads(text)
     if isinstance(parsed, list):
         return {_only(source, declared): parsed}
     if isinstance(parsed, dict) and isinstance(parsed.get("inputs"), list):
         import numpy as np
 
-        return {
-            tensor["name"]: np.asarray(tensor["data"]).reshape(tensor["shape"])
-            for tensor in parsed["inputs"]
-        }
+        try:
+            return {
+                tensor["name"]: np.asarray(tensor["data"]).reshape(tensor["shape"])
+                for tensor in parsed["inputs"]
+            }
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{source}: each of its inputs must have name, shape and data"
+            ) from error
     if isinstance(parsed, dict):
         return parsed
     raise ConfigError(f"{source}: expected a list, an object of inputs, or an inference request")

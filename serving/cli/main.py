@@ -35,10 +35,13 @@ def main() -> None:
     With SERVING_DEBUG set, the traceback too.
     """
     try:
-        app()
+        # Standalone, it would print a usage error as a box.
+        sys.exit(app(standalone_mode=False))
     except OperatorError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except typer.TyperException as error:
+        _fail_usage(error)
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output is gone: nothing is left to say, to nobody.
@@ -53,6 +56,15 @@ def main() -> None:
             "(SERVING_DEBUG=1 shows where)",
             INTERNAL,
         )
+
+
+def _fail_usage(error: typer.TyperException) -> None:
+    sentence = " ".join(error.format_message().split()).rstrip(".")
+    if not sentence:  # a group without a command: its help has been printed
+        sys.exit(error.exit_code)
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "serving"
+    _fail(f"{sentence}; see `{path} --help`", error.exit_code)
 
 
 def _fail(sentence: str, code: int) -> None:

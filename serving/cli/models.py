@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serving.cli.registry import open_registry, split
 from serving.errors import ConfigError
 
 if TYPE_CHECKING:
-    from serving.registry.mlflow import Registry
     from serving.registry.model import Dataset, ModelVersion
 
 ConfigFile = Annotated[
@@ -60,6 +60,9 @@ def register(
         raise ConfigError(f"--batch {batch!r}; allowed: auto, dynamic, fixed, none")
     if training_time is not None and training_time < 0:
         raise ConfigError(f"--training-time {training_time:g}; expected seconds, 0 or more")
+    for given in (path, sample, signature):
+        if given is not None and not given.is_file():
+            raise ConfigError(f"{given}: {'is not a file' if given.exists() else 'does not exist'}")
 
     from serving.replica.inspect import inspect_in_child
 
@@ -68,7 +71,7 @@ def register(
         typer.echo(f"loading and running {path}", err=True)
         inspect_in_child(path, bundle, sample=sample, signature=signature, batch=batch)
         typer.echo(f"registering {name}", err=True)
-        registered = _registry(file).register(
+        registered = open_registry(file).register(
             name,
             bundle,
             metrics=metrics,
@@ -84,7 +87,7 @@ def models(as_json: AsJson = False, file: ConfigFile = None) -> None:
     """List every registered version."""
     from serving.cli.render import registry_table, show_view
 
-    found = _registry(file).models()
+    found = open_registry(file).models()
     rows = [_to_dict(version) for model in found for version in model.versions]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
@@ -102,8 +105,8 @@ def show(
     """Show one version; of a bare NAME, @champion or else the newest."""
     from serving.cli.render import show_view, version_view
 
-    name, ref = _split(model)
-    registry = _registry(file)
+    name, ref = split(model)
+    registry = open_registry(file)
     if ref is None:
         known = registry.model(name)
         if not known.versions:
@@ -114,25 +117,6 @@ def show(
         typer.echo(json.dumps(found, indent=2))
     else:
         show_view(version_view(found))
-
-
-def _registry(file: Path | None) -> Registry:
-    from serving.config import load_config
-    from serving.registry.mlflow import Registry
-
-    config = load_config(file)
-    config.home_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return Registry(config.registry_uri)
-
-
-def _split(text: str) -> tuple[str, str | None]:
-    if "@" in text:
-        name, _, alias = text.partition("@")
-        return name, f"@{alias}"
-    if "/" in text:
-        name, _, version = text.partition("/")
-        return name, version
-    return text, None
 
 
 def _metric(text: str) -> tuple[str, float]:

@@ -1,12 +1,10 @@
-"""What `serving up` makes sure of before it starts anything: a home of its own, and free ports."""
+"""What `serving up` makes sure of before it starts anything: ports of its own."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
+import errno
 import socket
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from serving.config import ServingConfig
@@ -35,8 +33,16 @@ def _socket(host: str) -> socket.socket:
     return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
-def port_error(host: str, port: int) -> str | None:
-    """Why `port` cannot be listened on, or None if it can."""
+@dataclass(frozen=True, slots=True)
+class PortProblem:
+    """Why a port cannot be listened on, and what to do about it."""
+
+    fact: str
+    advice: str
+
+
+def port_problem(section: str, host: str, port: int) -> PortProblem | None:
+    """What keeps `section` (gateway or control) from listening on `port`, or None."""
     with _socket(host) as probe:
         # As our listeners do: a port in TIME_WAIT is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -44,57 +50,54 @@ def port_error(host: str, port: int) -> str | None:
             probe.bind((host, port))
             probe.listen()
         except OSError as error:
-            return error.strerror or str(error)
+            fact = error.strerror or str(error)
+            if error.errno == errno.EADDRINUSE:
+                advice = f"Stop what listens there, or set {section}.port"
+                return PortProblem(f"{fact}{_listener(port)}", advice)
+            if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+                return PortProblem(fact, f"Set {section}.host to an address of this machine")
+            return PortProblem(fact, f"Set {section}.port to another")
     return None
+
+
+def _listener(port: int) -> str:
+    """Who listens on `port`, as the end of a sentence; empty where only root may know."""
+    import psutil
+
+    try:
+        pids = {
+            c.pid
+            for c in psutil.net_connections(kind="tcp")
+            if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid
+        }
+        for process in map(psutil.Process, sorted(pids)):
+            for ancestor in process.parents():
+                if _is_up(ancestor.cmdline()):
+                    return f" by another `serving up` (process {ancestor.pid})"
+            return f" by process {process.pid} ({process.name()})"
+    except (psutil.Error, OSError):
+        pass
+    return ""
+
+
+def _is_up(command: list[str]) -> bool:
+    names = [Path(word).name for word in command]
+    return "serving" in names and "up" in names[names.index("serving") :]
 
 
 def check_ports(config: ServingConfig) -> None:
     """Raise `ConflictError` naming the first port that cannot be listened on."""
-    for what, host, port, key in (
-        ("inference", config.gateway.host, config.gateway.port, "gateway.port"),
-        ("the admin API", config.control.host, config.control.port, "control.port"),
+    gateway, control = config.gateway, config.control
+    if (gateway.host, gateway.port) == (control.host, control.port):
+        raise ConflictError(
+            f"gateway.port and control.port are both {gateway.port} on {gateway.host}; change one"
+        )
+    for what, section, listener in (
+        ("inference", "gateway", gateway),
+        ("the admin API", "control", control),
     ):
-        if error := port_error(host, port):
+        if problem := port_problem(section, listener.host, listener.port):
             raise ConflictError(
-                f"port {port} on {host}, for {what}, cannot be used: {error}. "
-                f"Stop what listens there, or set {key}"
+                f"port {listener.port} on {listener.host}, for {what}, cannot be used: "
+                f"{problem.fact}. {problem.advice}"
             )
-
-
-@contextlib.contextmanager
-def home_lock(home: Path) -> Iterator[None]:
-    """Hold `home` for one `serving up`. Raises `ConflictError` naming the process that has it."""
-    try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (home / "up.pid").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise ConflictError(f"{home}: cannot be used as home: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ConflictError(
-                f"`serving up` already runs on {home} (process {file.read().strip() or '?'}); "
-                "stop it with `serving down`, or use another home"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-        file.truncate(0)
-
-
-def running_pid(home: Path) -> int | None:
-    """The process of the `serving up` that holds `home`, if one does."""
-    try:
-        with (home / "up.pid").open("r+", encoding="utf-8") as file:
-            try:
-                # Shared: to look must not stop another from taking it.
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                text = file.read().strip()
-                return int(text) if text.isdigit() else None
-            return None
-    except OSError:
-        return None

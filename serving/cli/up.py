@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Protocol
 
 from serving import compose
-from serving.cli import preflight
+from serving.cli import home, preflight
 from serving.cli.client import Admin, failures
 from serving.config import ServingConfig, load_config, reachable_url
-from serving.errors import ClusterError, ConflictError
+from serving.control.layout import references
+from serving.control.resolver import RegistryResolver
+from serving.errors import ClusterError, ConflictError, OperatorError
 
 _POLL_S: Final = 0.2
 _LIVE_POLL_S: Final = 1.0
@@ -35,9 +39,10 @@ def run(file: Path | None, timeout_s: float) -> None:
     if address is not None:
         _deploy_and_return(config, address, timeout_s)
         return
-    with preflight.home_lock(config.home_dir):
+    with home.hold(config):
         preflight.check_ports(config)
         _check_store(config)
+        _check_versions(config)
         _foreground(config, timeout_s)
 
 
@@ -48,6 +53,15 @@ def _check_store(config: ServingConfig) -> None:
     open_store(config.store_url).close()
 
 
+def _check_versions(config: ServingConfig) -> None:
+    """Resolve every reference, as the first apply will again: a wrong one ends here, in seconds."""
+    with ThreadPoolExecutor(1) as pool:
+        resolver = RegistryResolver(config.registry_uri, config.home_dir)
+        found = pool.submit(resolver.resolve, references(config))
+        compose.load_ray()  # takes about as long
+        found.result()
+
+
 def _deploy_and_return(config: ServingConfig, address: str, timeout_s: float) -> None:
     compose.connect_ray(address)
     if compose.deployed_apps():
@@ -56,9 +70,10 @@ def _deploy_and_return(config: ServingConfig, address: str, timeout_s: float) ->
             "`serving down`"
         )
     view = _View(live=False)
-    compose.deploy(config, embedded=False)
+    deployment = compose.deploy(config, embedded=False)
     # By handle: the admin API may be on another node's loopback.
-    _until_ready(config, compose.ControllerHandle(), view, time.monotonic() + timeout_s)
+    controller = compose.ControllerHandle()
+    _until_ready(config, deployment, controller, view, time.monotonic() + timeout_s)
     view.ready()
 
 
@@ -66,15 +81,16 @@ def _foreground(config: ServingConfig, timeout_s: float) -> None:
     view = _View(live=sys.stdout.isatty())
     admin = Admin(reachable_url(config.control.host, config.control.port))
     deadline = time.monotonic() + timeout_s
+    ray_dir = compose.make_ray_dir()
     with _signals() as signals:
         try:
             view.say("starting Ray")
-            compose.start_ray(config)
+            compose.start_ray(config, ray_dir)
             signals.install()  # Ray has put its own in place
-            view.say(f"logs in {compose.log_dir()}")
+            view.say(f"logs in {ray_dir}/session_latest/logs")
             view.say("starting controller and gateway")
-            compose.deploy(config, embedded=True)
-            _until_ready(config, admin, view, deadline)
+            deployment = compose.deploy(config, embedded=True)
+            _until_ready(config, deployment, admin, view, deadline)
             _wait(lambda: _gateway_answers(config), compose.GATEWAY_APP, deadline)
             view.ready()
             _stay(admin, view)
@@ -83,6 +99,8 @@ def _foreground(config: ServingConfig, timeout_s: float) -> None:
         finally:
             signals.stopping()
             _stop(view)
+    # After a failure it stays, for its logs.
+    shutil.rmtree(ray_dir, ignore_errors=True)
     view.say("stopped")
 
 
@@ -140,9 +158,7 @@ def _stop(view: _View) -> None:
 
 
 class _Controller(Protocol):
-    """The controller, by HTTP or by handle. All but `healthy` raise `OperatorError`."""
-
-    def healthy(self) -> bool: ...
+    """The controller, by HTTP or by handle. Its methods raise `OperatorError`."""
 
     def status(self) -> dict[str, Any]: ...
 
@@ -150,10 +166,10 @@ class _Controller(Protocol):
 
 
 def _until_ready(
-    config: ServingConfig, controller: _Controller, view: _View, deadline: float
+    config: ServingConfig, deployment: str, controller: _Controller, view: _View, deadline: float
 ) -> None:
-    """Wait for the controller, apply the configuration, wait for models and gateways."""
-    _wait(controller.healthy, compose.CONTROLLER_APP, deadline)
+    """Wait for this deployment's controller, apply, wait for models and gateways."""
+    _wait(lambda: is_own(config, deployment, controller), compose.CONTROLLER_APP, deadline)
     controller.apply(config.model_dump(mode="json"), dry_run=False)
     view.say("loading models")
 
@@ -173,6 +189,21 @@ def _until_ready(
         )
 
     _wait(ready, compose.GATEWAY_APP, deadline)
+
+
+def is_own(config: ServingConfig, deployment: str, controller: _Controller) -> bool:
+    """Whether the deployment's controller answers. Raises `ConflictError` if another's does."""
+    try:
+        found = controller.status().get("controller", {})
+    except OperatorError:
+        return False
+    if found.get("deployment") != deployment:
+        raise ConflictError(
+            f"port {config.control.port} on {config.control.host}, for the admin API, is held by "
+            f"another deployment (process {found.get('pid', '?')}, home {found.get('home', '?')}). "
+            "Stop that one, or set control.port"
+        )
+    return True
 
 
 def _wait(condition: Callable[[], bool], app: str, deadline: float) -> None:

@@ -13,7 +13,7 @@ from ray.serve.exceptions import RayServeException
 
 from serving.control.state import AppStatus
 from serving.core.plan import APP_PREFIX, AppSpec, Phase
-from serving.errors import ClusterError
+from serving.errors import ClusterError, first_line
 
 HEALTH_CHECK_PERIOD_S: Final = 1.0
 HEALTH_CHECK_TIMEOUT_S: Final = 5.0
@@ -21,6 +21,8 @@ DRAIN_S: Final = 20.0
 
 # What Ray and Serve raise when they cannot; anything else is a bug of ours.
 _RAY_ERRORS: Final = (RayError, RayServeException, TimeoutError, RuntimeError)
+# Serve and Ray check a deployment's options as they are given.
+_BAD_OPTIONS: Final = (ValueError, TypeError, OverflowError)
 _PHASES: Final = {
     "NOT_STARTED": Phase.STARTING,
     "DEPLOYING": Phase.STARTING,
@@ -50,27 +52,38 @@ class ServeCluster:
         try:
             found = serve.status().applications
         except _RAY_ERRORS as error:
-            raise ClusterError(f"Ray Serve does not answer: {_first_line(error)}") from error
+            raise ClusterError(f"Ray Serve does not answer: {first_line(error)}") from error
         return {
             name: AppStatus(_PHASES[app.status], _message(app), app.last_deployed_time_s)
             for name, app in found.items()
             if name.startswith(APP_PREFIX)
         }
 
-    def start(self, apps: Sequence[AppSpec]) -> None:
-        """Start applications, without waiting for them. Raises `ClusterError`."""
+    def start(self, apps: Sequence[AppSpec]) -> dict[str, str]:
+        """Start applications, without waiting for them. Raises `ClusterError`.
+
+        Gives the names of those whose options Serve does not take, with the reason; the others are
+        started.
+        """
+        targets, refused = [], {}
+        for app in apps:
+            try:
+                bound = self._bind(app)
+            except _BAD_OPTIONS as error:
+                refused[app.name] = f"Ray Serve does not take its options: {first_line(error)}"
+            else:
+                targets.append(serve.RunTarget(bound, name=app.name, route_prefix=None))
         try:
-            targets = [
-                serve.RunTarget(self._bind(app), name=app.name, route_prefix=None) for app in apps
-            ]
-            serve.run_many(
-                targets,
-                wait_for_ingress_deployment_creation=False,
-                wait_for_applications_running=False,
-            )
+            if targets:
+                serve.run_many(
+                    targets,
+                    wait_for_ingress_deployment_creation=False,
+                    wait_for_applications_running=False,
+                )
         except _RAY_ERRORS as error:
-            names = ", ".join(app.name for app in apps)
-            raise ClusterError(f"cannot start {names}: {_first_line(error)}") from error
+            names = ", ".join(target.name for target in targets)
+            raise ClusterError(f"cannot start {names}: {first_line(error)}") from error
+        return refused
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete applications, without waiting for their end. Raises `ClusterError`."""
@@ -78,7 +91,7 @@ class ServeCluster:
             for name in names:
                 serve.delete(name, _blocking=False)
         except _RAY_ERRORS as error:
-            raise ClusterError(f"cannot delete {', '.join(names)}: {_first_line(error)}") from error
+            raise ClusterError(f"cannot delete {', '.join(names)}: {first_line(error)}") from error
 
     def _bind(self, app: AppSpec) -> Any:
         module, _, name = self._replica_class.partition(":")
@@ -124,7 +137,3 @@ def reason(text: str) -> str:
     """The sentence in a Serve message: the last exception of a traceback, or the first line."""
     found = _EXCEPTION_LINE.findall(text)
     return f"{found[-1][0]}: {found[-1][1]}" if found else text.strip().splitlines()[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -79,7 +79,7 @@ class Controller:
         """Take up what was saved. Raises `StoreError`."""
         stored = await self._in_store(self._store.desired)
         state = State.from_dict(stored) if stored else State()
-        table = RouteTable()
+        table = RouteTable(complete=False)
         saved_table = await self._in_store(self._store.route_table)
         if state.deployment != self.deployment:
             # Another `serving up` left this: nothing of it runs. Its counters stay.
@@ -203,12 +203,13 @@ class Controller:
 
     async def _check_pins(self, pins: Pins) -> None:
         """A version number is never given twice: with another digest it is not the same version."""
-        for row in await self._in_store(self._store.get_pins):
-            found = pins.get((row.model, row.ref))
-            if found and row.ref == row.version == found.version and found.digest != row.digest:
+        known = await self._in_store(self._store.digests)
+        for (model, _), pin in pins.items():
+            if (digest := known.get((model, pin.version), pin.digest)) != pin.digest:
                 raise RegistryError(
-                    f"model {row.model!r} version {row.version} has digest {found.digest} in the "
-                    f"registry, but it was {row.digest} when it was last served: it was replaced"
+                    f"model {model!r} version {pin.version} has digest {pin.digest} in the "
+                    f"registry, but it was {digest} when it was first applied: it was replaced; "
+                    "register the file as another version"
                 )
 
     # The loop.

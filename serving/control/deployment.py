@@ -137,4 +137,6 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        raise ServingError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        raise ServingError(
+            f"cannot listen on {host}:{port}: {error.strerror}; set control.host or control.port"
+        ) from error

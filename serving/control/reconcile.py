@@ -149,9 +149,7 @@ class Reconciler:
         after = replace(before, routed=decision.routed, given_up=dict(decision.given_up))
         await self._in_store(self._store.save_desired, after.to_dict())
         self.adopt(after)
-        for name in decision.given_up.keys() - before.given_up.keys():
-            log.error("%s is given up: %s", name, decision.given_up[name])
-            await self._event("given_up", app=name, error=decision.given_up[name])
+        await self._tell_given_up(before)
         if decision.routed != before.routed:
             routed = {n: {"version": m.version, "apps": [s.app.name for s in m.versions.values()]}
                       for n, m in decision.routed.models.items()}  # fmt: skip
@@ -162,23 +160,40 @@ class Reconciler:
         apps = self.state.routed.apps()
         endpoints = {name: self.fleet.endpoints(name) for name in apps}
         table = route_table(self.state.routed, endpoints, self.board.revision)
-        # Gateways are not ready before they have a table, so no models at all is a table too.
-        first_and_empty = (
-            self.board.revision == 0 and self.state.apply_id and not self.state.desired.models
-        )
-        if not self.board.differs(table) and not first_and_empty:
+        table = replace(table, complete=self.board.table.complete or self._all_routed())
+        if not self.board.differs(table):
             return
         revision = await self._in_store(self._store.next_revision)
         table = replace(table, revision=revision)
         await self._in_store(self._store.save_route_table, table.to_dict())
         self.board.publish(table)
 
+    def _all_routed(self) -> bool:
+        """Whether something was applied, and every version of it is routed."""
+        state = self.state
+        return bool(state.config) and state.desired.apps().keys() <= state.routed.apps().keys()
+
     async def _start(self, decision: Decision) -> None:
         if decision.start:
             names = [app.name for app in decision.start]
             log.info("starting %s", ", ".join(names))
             await self._event("start", apps=names)
-            await self._in_cluster(self._cluster.start, decision.start)
+            await self._give_up(await self._in_cluster(self._cluster.start, decision.start))
+
+    async def _give_up(self, refused: Mapping[str, str]) -> None:
+        """Do not try again what can never start."""
+        if refused:
+            before = self.state
+            after = replace(before, given_up={**before.given_up, **refused})
+            await self._in_store(self._store.save_desired, after.to_dict())
+            self.adopt(after)
+            await self._tell_given_up(before)
+
+    async def _tell_given_up(self, before: State) -> None:
+        after = self.state.given_up
+        for name in after.keys() - before.given_up.keys():
+            log.error("%s is given up: %s", name, after[name])
+            await self._event("given_up", app=name, error=after[name])
 
     async def _retire(self, decision: Decision, now: float) -> None:
         for name in self._retiring.keys() - set(decision.retire):

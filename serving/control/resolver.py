@@ -1,6 +1,6 @@
 """References to versions, resolved in a child process.
 
-The registry's client takes seconds and some 80 MB to import, would hold this process's interpreter
+The registry's client is large and slow to import, would hold this process's interpreter
 lock all the while, and is needed during an apply only. The child reads one JSON request from stdin
 and writes one reply:
 

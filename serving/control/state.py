@@ -61,8 +61,11 @@ class Cluster(Protocol):
     def observe(self) -> dict[str, AppStatus]:
         """The model applications that exist."""
 
-    def start(self, apps: Sequence[AppSpec]) -> None:
-        """Start applications that do not exist yet, without waiting for them."""
+    def start(self, apps: Sequence[AppSpec]) -> dict[str, str]:
+        """Start applications that do not exist yet, without waiting for them.
+
+        Gives the names of those that can never start, with the reason.
+        """
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete applications: their replicas finish what they have, then go."""

@@ -45,6 +45,7 @@ def status(controller: Controller) -> dict[str, Any]:
         "gateways": _gateways(controller.totals, live),
         "controller": {
             "version": __version__,
+            "deployment": controller.deployment,
             "pid": os.getpid(),
             "started_at": controller.started_at,
             "rss_bytes": psutil.Process().memory_info().rss,

@@ -6,7 +6,7 @@ A frame is a 16-byte prefix, a `meta` part and a `payload` part (all numbers lit
     HELLO    meta = JSON {"role": "data" | "heartbeat", "gateway": id}; first, gateway → replica
     WELCOME  meta = JSON {"model", "version", "digest", "replica"}; replica → gateway
     REFUSED  meta = JSON {"error"}; the connection closes
-    INFER    meta = batch id u64 | rows u32 | reserved u32 | budget µs u64 | tensor table
+    INFER    meta = batch id u64 | rows u32 | flags u32 | budget µs u64 | tensor table
     RESULT   meta = batch id u64 | rows u32 | run rows u32 | queue µs u64 | compute µs u64 | table
     FAILED   meta = batch id u64 | JSON {"slug", "message"}
     PING     no meta; PONG meta = stalled µs u64: how long the current run has lasted, 0 when idle
@@ -20,6 +20,9 @@ process.
 
 `budget µs` is the time left until the last deadline in the batch (0: none): a duration, because
 clocks differ between nodes. Row counts are per batch: for a `Batch.NONE` model, 1.
+
+Of `flags`, bit 0 (`NO_MERGE`) asks for a run of its own: the replica must not join the batch with
+others that wait, of whichever connection. All other bits are 0.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from serving.core.types import DATATYPE_BY_CODE, DATATYPES
 PROTOCOL_VERSION: Final = 1
 PREFIX: Final = struct.Struct("<BBHIQ")
 INFER_HEAD: Final = struct.Struct("<QIIQ")
+NO_MERGE: Final = 1
 RESULT_HEAD: Final = struct.Struct("<QIIQQ")
 BATCH_ID: Final = struct.Struct("<Q")
 _ENTRY: Final = struct.Struct("<HBBQ")

@@ -15,11 +15,16 @@ FIXED_SHAPES_KEY: Final = ()
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on one request, whatever the model takes."""
+    """Bounds on one request, whatever the model takes.
+
+    `max_strings` is for the elements of a BYTES tensor, which are looked at one by one.
+    """
 
     max_json_depth: int = 32
+    max_json_bytes: int = 16 << 20
     max_elements: int = 1 << 26
     max_tensors: int = 64
+    max_strings: int = 1 << 18
 
 
 DEFAULT_LIMITS: Final = Limits()

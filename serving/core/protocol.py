@@ -40,8 +40,8 @@ from serving.core.parameters import read_bool, read_integer, read_parameters, re
 from serving.core.requested import OutputSelector
 from serving.core.responses import ResponseEncoder
 from serving.core.tensors import TensorReader, pack_bytes, show
-from serving.core.types import Batch, Signature
-from serving.errors import InvalidRequest
+from serving.core.types import Batch, Signature, TensorSpec
+from serving.errors import InvalidRequest, PayloadTooLarge
 
 __all__ = [
     "EncodedResponse",
@@ -110,11 +110,12 @@ class InferCodec:
         rows = row_limit(signature, max_rows)
         nesting = limits.max_json_depth - _LEVELS_ABOVE_DATA
         self._readers = tuple(
-            TensorReader(i, spec, rows, limits.max_elements, nesting)
+            TensorReader(i, spec, rows, _most_elements(spec, limits), nesting)
             for i, spec in enumerate(signature.inputs)
         )
         self._reader_of = {reader.name: reader for reader in self._readers}
         self._max_depth = limits.max_json_depth
+        self._max_json_bytes = limits.max_json_bytes
         self._names = ", ".join(self._reader_of)
         self._batched = signature.batch is not Batch.NONE
         first = 1 if self._batched else 0
@@ -136,13 +137,25 @@ class InferCodec:
         """
         return self._encoder.encode(request, outputs)
 
+    def encode_batch(
+        self,
+        requests: Sequence[InferRequest],
+        shapes: Sequence[tuple[int, ...]],
+        tensors: Sequence[memoryview],
+    ) -> list[bytes] | None:
+        """The bodies of the responses to a batch, at once; None where each is to be encoded alone.
+
+        See `ResponseEncoder.encode_batch`.
+        """
+        return self._encoder.encode_batch(requests, shapes, tensors)
+
     def decode(self, body: bytes | bytearray | memoryview, json_length: int | None) -> InferRequest:
         """Check a body against the signature.
 
         `json_length` is the Inference-Header-Content-Length: how much of the body is JSON, None for
         all, 0 for a raw body. The request's inputs are views of `body` where it carries them as
-        binary: it must not change while they are in use. Raises `InvalidRequest` and `Unsupported`,
-        and nothing else.
+        binary: it must not change while they are in use. Raises `InvalidRequest`,
+        `PayloadTooLarge` and `Unsupported`, and nothing else.
         """
         if json_length == 0:
             return self._decode_raw(memoryview(body))
@@ -156,7 +169,7 @@ class InferCodec:
             text, tail = body[:json_length], memoryview(body)[json_length:]
         if isinstance(text, memoryview):
             text = bytes(text)
-        if len(text) > _LARGE_JSON and self._countable:
+        if len(text) > _LARGE_JSON:
             self._check_volume(text)
         message = _parse(text)
         entries = message.get("inputs")
@@ -171,6 +184,13 @@ class InferCodec:
         return request
 
     def _check_volume(self, text: bytes | bytearray) -> None:
+        if len(text) > self._max_json_bytes:
+            raise PayloadTooLarge(
+                f"the request has {len(text)} bytes of JSON, at most {self._max_json_bytes} are "
+                "allowed; send large tensors as binary data"
+            )
+        if not self._countable:
+            return
         values, containers = text.count(b","), text.count(b"[") + text.count(b"{")
         if values > self._max_values or containers > self._max_containers:
             raise InvalidRequest(
@@ -311,6 +331,12 @@ class InferCodec:
         request = self._request([raw], (extent.shape,))
         request.outputs = self._selector.all_binary
         return request
+
+
+def _most_elements(spec: TensorSpec, limits: Limits) -> int:
+    if spec.datatype == "BYTES":
+        return min(limits.max_elements, limits.max_strings)
+    return limits.max_elements
 
 
 def _parse(text: bytes | bytearray) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Final
 
+import numpy as np
 import orjson
 
 from serving.core.classification import classify
 from serving.core.inference import EncodedResponse, InferRequest, OutputTensor, RequestedOutput
-from serving.core.tensors import dump_json, pack_bytes, show_shape
+from serving.core.tensors import NO_JSON_FORM, dump_json, pack_bytes, show_shape
 from serving.core.types import DATATYPES, Batch, Signature, TensorSpec
 from serving.errors import ModelFailed
 
@@ -26,13 +27,14 @@ class _Form:
     """What is the same in every response with one output of one shape.
 
     `nbytes` is the raw form's length, -1 for BYTES. `head` is the output's JSON up to its data,
-    `json_head` up to the array of its data.
+    `json_head` up to the array of its data, `rows_head` up to the first value in it.
     """
 
     count: int
     nbytes: int
     head: bytes
     json_head: bytes
+    rows_head: bytes
 
 
 def _describe(name: str, datatype: str, shape: Sequence[int]) -> bytes:
@@ -70,11 +72,37 @@ class _Writer:
             )
         return form
 
-    def _new_form(self, shape: tuple[int, ...]) -> _Form:
-        fits = len(shape) == len(self.shape) and all(
+    def dump_rows(self, shape: tuple[int, ...], data: memoryview) -> list[bytes] | None:
+        """The JSON values of each row of a batch, flat and without brackets.
+
+        None if shape or data do not fit the signature, or have no such form.
+        """
+        if self.datatype in NO_JSON_FORM or not self._itemsize or not data:
+            return None
+        # The first dimension is the batch's, whatever the signature says of a request's.
+        if not self._fits((self.shape[0], *shape[1:])):
+            return None
+        if len(data) != prod(shape) * self._itemsize:
+            return None
+        values = np.frombuffer(data, DATATYPES[self.datatype].numpy).reshape(shape[0], -1)
+        text = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)
+        # NaN and infinity come out as null, and nothing else here has an "n".
+        if b"n" in text:
+            return None
+        return text[2:-2].split(b"],[")
+
+    def row_head(self, rows: int, tail: tuple[int, ...]) -> bytes:
+        """The output's JSON up to the first value, for a request of so many rows."""
+        form = self._forms.get((rows, *tail)) or self._new_form((rows, *tail))
+        return form.rows_head
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == len(self.shape) and all(
             dim == expected or expected < 0 for dim, expected in zip(shape, self.shape, strict=True)
         )
-        if not fits:
+
+    def _new_form(self, shape: tuple[int, ...]) -> _Form:
+        if not self._fits(shape):
             raise ModelFailed(
                 f"output {self.name!r} has shape {show_shape(shape)}, "
                 f"the model's signature says {show_shape(self.shape)}"
@@ -84,7 +112,7 @@ class _Writer:
             self._forms.clear()
         nbytes = count * self._itemsize if self._itemsize else -1
         head = _describe(self.name, self.datatype, shape)
-        form = _Form(count, nbytes, head, head + _DATA)
+        form = _Form(count, nbytes, head, head + _DATA, head + _DATA + b"[")
         self._forms[shape] = form
         return form
 
@@ -117,6 +145,47 @@ class ResponseEncoder:
             parts.append(b"},")
         parts[-1] = b"}]}"
         return EncodedResponse(b"".join(parts))
+
+    def encode_batch(
+        self,
+        requests: Sequence[InferRequest],
+        shapes: Sequence[tuple[int, ...]],
+        tensors: Sequence[memoryview],
+    ) -> list[bytes] | None:
+        """The response bodies to requests that ran as one batch and want all outputs as JSON.
+
+        `shapes` and `tensors` are the outputs of the whole batch, in the signature's order. All
+        rows of an output become JSON in one go, which are then handed out: for small rows several
+        times faster than a response at a time. None where that does not work out (an output with a
+        form of its own for each request, one that JSON cannot carry or that does not fit the
+        signature): then `encode` each, for its answer or its error.
+        """
+        rows = sum([request.rows for request in requests])
+        if not self._batched or len(shapes) != len(self._writers):
+            return None
+        if any(request.outputs is not None for request in requests):
+            return None
+        columns = []
+        for writer, shape, tensor in zip(self._writers, shapes, tensors, strict=True):
+            if not shape or shape[0] != rows:
+                return None
+            column = writer.dump_rows(shape, tensor)
+            if column is None:
+                return None
+            columns.append((writer, shape[1:], column))
+        bodies = []
+        at = 0
+        for request in requests:
+            end = at + request.rows
+            parts = [self._head if request.id is None else self._head_with(request.id)]
+            for writer, tail, column in columns:
+                parts.append(writer.row_head(request.rows, tail))
+                parts.append(column[at] if end - at == 1 else b",".join(column[at:end]))
+                parts.append(b"]},")
+            parts[-1] = b"]}]}"
+            bodies.append(b"".join(parts))
+            at = end
+        return bodies
 
     def _head_with(self, request_id: str) -> bytes:
         return b'%b,"id":%b,"outputs":[' % (self._envelope, orjson.dumps(request_id))

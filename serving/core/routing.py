@@ -49,30 +49,67 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """How a rollout divides a model's requests between its stable version and `canary`.
+
+    `weight` and `shadow` are shares (0..1): of requests that the canary answers, and of those that
+    stable answered that are copied to it. An `epoch` is a period in which neither changes.
+    `unit` is what sticks to an arm ("request", "header:NAME", "cookie:NAME", "parameter:NAME");
+    `overrides` are (header, value, arm), header names in lower case. `compare` and `feedback` say
+    how answers and labels are judged; `observe` asks for counts of what was predicted.
+    """
+
+    rollout: str
+    epoch: int
+    canary: str
+    weight: float
+    salt: str
+    unit: str = "request"
+    overrides: tuple[tuple[str, str, str], ...] = ()
+    shield: bool = True
+    breaker_failures: int = 8
+    shadow: float = 0.0
+    compare: Mapping[str, Any] = field(default_factory=dict)
+    feedback: Mapping[str, Any] = field(default_factory=dict)
+    observe: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ModelRoute:
-    """A served model: `version` answers requests that name none; `arms` maps version to arm."""
+    """A served model: `version` answers requests that name none; `arms` maps version to arm.
+
+    With a `split`, `version` is the stable arm.
+    """
 
     name: str
     version: str
     arms: Mapping[str, Arm]
+    split: Split | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RouteTable:
-    """All served models at one revision. Revisions only grow."""
+    """All served models at one revision. Revisions only grow.
+
+    `complete` says that every version of a configuration has been routed since the deployment
+    began: before that a gateway is not ready. What is applied later makes it no less ready.
+    """
 
     revision: int = 0
     models: Mapping[str, ModelRoute] = field(default_factory=dict)
+    complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the wire and the store."""
         return {
             "revision": self.revision,
+            "complete": self.complete,
             "models": [
                 {
                     "name": m.name,
                     "version": m.version,
                     "arms": [_arm_to_dict(a) for a in m.arms.values()],
+                    "split": None if m.split is None else _split_to_dict(m.split),
                 }
                 for m in self.models.values()
             ],
@@ -84,8 +121,21 @@ class RouteTable:
         models = {}
         for m in raw["models"]:
             arms = {a["version"]: _arm_from_dict(a) for a in m["arms"]}
-            models[m["name"]] = ModelRoute(m["name"], m["version"], arms)
-        return cls(int(raw["revision"]), models)
+            # Nor does it know of splits.
+            split = _split_from_dict(m["split"]) if m.get("split") else None
+            models[m["name"]] = ModelRoute(m["name"], m["version"], arms, split)
+        # A stored table of an earlier version does not say.
+        return cls(int(raw["revision"]), models, bool(raw.get("complete", True)))
+
+
+def _split_to_dict(split: Split) -> dict[str, Any]:
+    raw = {name: getattr(split, name) for name in Split.__dataclass_fields__}
+    return {**raw, "overrides": [list(o) for o in split.overrides]}
+
+
+def _split_from_dict(raw: Mapping[str, Any]) -> Split:
+    overrides = tuple((str(n), str(v), str(arm)) for n, v, arm in raw["overrides"])
+    return Split(**{**raw, "overrides": overrides})
 
 
 def _arm_to_dict(arm: Arm) -> dict[str, Any]:

@@ -3,6 +3,11 @@
 A batch leaves when a replica has a free connection, so an idle system adds no delay and a busy one
 fills batches. Everything that arrived in one turn of the loop travels together, because dispatch is
 scheduled at the end of the turn.
+
+When a replica is lost, any request that it had may be what killed it. These suspects are sent again
+in a few groups (`core.batching.suspect_groups`), one group at a time, to a replica that has nothing
+else meanwhile; the other replicas serve on. A request that kills every replica it meets costs three
+replicas at most, two where at most 8 requests were lost with it, and is then answered 503.
 """
 
 from __future__ import annotations
@@ -13,22 +18,24 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Final
 
-from serving.core.batching import RequestQueue, ServiceModel
+from serving.core.batching import RequestQueue, ServiceModel, suspect_groups
 from serving.core.frames import TensorEntry
-from serving.core.inference import Limits
+from serving.core.inference import Limits, row_limit
 from serving.core.protocol import InferCodec
 from serving.core.routing import Arm, Endpoint
 from serving.core.types import Batch
 from serving.errors import DeadlineExceeded, ModelFailed, Overloaded, ServingError, Unavailable
-from serving.gateway.infer import TICK_S, Call, Timing, error_of, in_time, monotonic
+from serving.gateway.answers import BatchAnswer
+from serving.gateway.infer import TICK_S, Call, error_of, in_time, monotonic
 from serving.gateway.layouts import Buffer, OutgoingLayouts
 from serving.gateway.links import ReplicaLink
 from serving.gateway.recorder import ArmRecorder
-from serving.gateway.split import split_outputs
+from serving.gateway.trials import Cluster, Trial
 
 log = logging.getLogger(__name__)
 
-MAX_SENDS: Final = 2
+# A request that is alone at a replica that is lost, and not for the first time, is not sent again.
+MAX_LOSSES_ALONE: Final = 2
 
 
 class ArmBatcher:
@@ -38,6 +45,8 @@ class ArmBatcher:
         self, arm: Arm, recorder: ArmRecorder, limits: Limits, loop: asyncio.AbstractEventLoop
     ) -> None:
         self.arm = arm
+        # Whose a call is until an arm is chosen for it; see `Splitter`.
+        self.stable = self
         self.recorder = recorder
         self.links: dict[Endpoint, ReplicaLink[list[Call]]] = {}
         self._loop = loop
@@ -51,11 +60,15 @@ class ArmBatcher:
         # Whether this version has left for good.
         self.closed = False
         self._turn = 0
+        # The replica that takes no other batch until it has taken the next suspects.
+        self._reserved: ReplicaLink[list[Call]] | None = None
+        self._others_turn = False
         self._batched = arm.signature.batch is not Batch.NONE
         self._layouts = OutgoingLayouts(arm.signature)
         # So many rows may wait without a second thought; see `_set_room`.
         self._room = 0
         self._connected = 0
+        self._listed: tuple[Endpoint, ...] = ()
         self.configure(arm)
         # Until its first replica is connected a new version is like one that lost its last.
         self._down_since: float | None = None
@@ -63,17 +76,23 @@ class ArmBatcher:
 
     def configure(self, arm: Arm) -> None:
         """Take over the settings of a new route table; version and digest stay."""
-        rows = arm.max_size
-        if arm.signature.batch is Batch.FIXED:
-            rows = min(rows, arm.signature.fixed_rows)
         self.arm = arm
-        self._max_rows = rows
-        self._max_items = rows if self._batched else 1
-        self.codec = InferCodec(arm.model, arm.version, arm.signature, rows, self._limits)
+        self._bound_rows(arm.max_size)
         self.response_headers = (
             f"x-model-version: {arm.version}\r\nx-model-digest: {arm.digest}\r\n"
             f"x-arm: {arm.role}\r\n"
         ).encode()
+
+    def _bound_rows(self, max_size: int) -> None:
+        """Bound a request to `max_size` rows, and batches to what a replica runs as one."""
+        arm = self.arm
+        self._max_size = max_size
+        rows = row_limit(arm.signature, max_size) or 1
+        self.codec = InferCodec(arm.model, arm.version, arm.signature, rows, self._limits)
+        # Past the largest bucket a replica merges nothing: only one request alone may be larger.
+        bucketed = arm.buckets and arm.signature.batch is Batch.DYNAMIC
+        self._max_rows = min(rows, arm.buckets[-1]) if bucketed else rows
+        self._max_items = self._max_rows if self._batched else 1
 
     @property
     def ready(self) -> bool:
@@ -121,6 +140,15 @@ class ArmBatcher:
         self._queue.push(call)
         self._schedule()
 
+    def has_room(self, call: Call) -> bool:
+        """Whether a call would be let in now, and could be answered in time."""
+        try:
+            if self._down_since is not None or self._queue.rows:
+                self._check_room(call)
+        except ServingError:
+            return False
+        return True
+
     def _check_room(self, call: Call) -> None:
         arm = self.arm
         if self._down_since is not None and self._hold is None:
@@ -131,7 +159,7 @@ class ArmBatcher:
                 f"at most {arm.queue_max_rows} may",
                 retry_after_s=1.0,
             )
-        wait = self._service.drain(self._queue.rows, self._max_rows) / max(1, self._connected)
+        wait = self._drain_s() / max(1, self._connected)
         allowed = min(arm.queue_max_wait_s, call.deadline - monotonic())
         if wait > allowed:
             raise Overloaded(
@@ -140,8 +168,20 @@ class ArmBatcher:
                 retry_after_s=wait,
             )
 
+    def _drain_s(self) -> float:
+        """Expected time to run all that waits, one run after another, in seconds."""
+        queue = self._queue
+        apart = queue.rerun_rows + queue.suspect_rows
+        return self._service.drain(queue.rows - apart, self._max_rows) + self._service.predict(
+            apart, queue.singular_runs
+        )
+
     def _set_room(self) -> None:
         """Work out how many rows may wait before a newcomer's wait has to be estimated."""
+        if self._queue.singular_runs:
+            # Each is a run of its own, however few rows it has.
+            self._room = 0
+            return
         arm = self.arm
         run = self._service.predict(self._max_rows)
         room = arm.queue_max_rows
@@ -171,20 +211,46 @@ class ArmBatcher:
 
     def _pump(self) -> None:
         self._scheduled = False
+        if self._queue.suspect_rows or self._reserved is not None:
+            self._send_suspects()
+        self._send_batches()
+        self._close_if_settled()
+
+    def _send_batches(self) -> None:
         queue = self._queue
-        while queue:
-            again = queue.again
-            link = self._free_link(alone=again is not None and again.suspect)
+        while queue.rows != queue.suspect_rows:
+            link = self._free_link()
             if link is None or (self.arm.max_delay_s and not self._due()):
                 break
             self._send(link, queue.take(self._max_rows, self._max_items))
-        self._close_if_settled()
+
+    def _send_suspects(self) -> None:
+        """Send the next group of suspects, or reserve a replica for it.
+
+        Never more than one replica at a time is kept from the others. Where there is no other
+        replica they take turns, so that neither starves.
+        """
+        queue = self._queue
+        reserved, self._reserved = self._reserved, None
+        links = [link for link in self.links.values() if link.up]
+        if not queue.suspect_rows or not links or any(link.exclusive for link in links):
+            return
+        if len(links) == 1 and self._others_turn:
+            self._others_turn = False
+            self._send_batches()
+        if reserved not in links:
+            reserved = min(links, key=lambda link: link.in_flight)
+        while queue.suspect_rows and not reserved.in_flight:
+            self._others_turn = True
+            self._send(reserved, queue.take_suspects(self._max_rows, self._max_items))
+        if not reserved.exclusive:
+            self._reserved = reserved
 
     def _due(self) -> bool:
         """Whether a batch may leave under `max_delay`; if not, wake up when it may."""
         if self._queue.ripe(self._max_rows, self._max_items):
             return True
-        oldest = min((c.arrival for c in self._queue), default=0.0)
+        oldest = min((c.arrival for c in self._queue if not c.suspect), default=0.0)
         wait = oldest + self.arm.max_delay_s - monotonic()
         if wait <= TICK_S:
             return True
@@ -196,16 +262,13 @@ class ArmBatcher:
         self._delay = None
         self._pump()
 
-    def _free_link(self, alone: bool) -> ReplicaLink[list[Call]] | None:
-        """The connected replica with the fewest batches in flight, in turn among equals.
-
-        With `alone`, one that has none, and will get no other until it has answered.
-        """
+    def _free_link(self) -> ReplicaLink[list[Call]] | None:
+        """The connected replica with the fewest batches in flight, in turn among equals."""
         best = None
         least = oldest = 0
         self._turn += 1
         for link in self.links.values():
-            if not link.can_take(alone):
+            if link is self._reserved or not link.can_take():
                 continue
             load = link.in_flight
             if best is None or load < least or (load == least and link.turn < oldest):
@@ -221,7 +284,6 @@ class ArmBatcher:
             return
         for call in batch:
             call.sent = now
-            call.attempts += 1
             rows += call.rows
             if call.deadline > deadline:
                 deadline = call.deadline
@@ -243,17 +305,37 @@ class ArmBatcher:
         endpoints: Sequence[Endpoint],
         make_link: Callable[[ArmBatcher, Endpoint], ReplicaLink[list[Call]]],
     ) -> None:
-        """Make the links match the route table: new ones connect, missing ones drain."""
+        """Make the links match the route table: new ones connect, missing ones drain.
+
+        Where replicas are replaced, those that leave serve on until one of the new is connected:
+        the controller keeps them until the gateways have applied the table, and replicas drain
+        before they go.
+        """
+        self._listed = tuple(endpoints)
         for endpoint in endpoints:
             if link := self.links.get(endpoint):
                 link.undrain()
             else:
-                self.links[endpoint] = make_link(self, endpoint)
-                self.links[endpoint].start()
-        for endpoint in self.links.keys() - set(endpoints):
-            self.links[endpoint].drain()
+                link = self.links[endpoint] = make_link(self, endpoint)
+                link.start()
+            link.max_size = self.arm.max_size
+        self._let_go()
         self._check_ready()
         self._schedule()
+
+    def _let_go(self) -> None:
+        """Drain the links that the table does not list, but not the last that can take batches."""
+        links = dict(self.links)
+        listed = [links.pop(endpoint) for endpoint in self._listed if endpoint in links]
+        replaced = not listed or any(link.up for link in listed)
+        for link in links.values():
+            if replaced or not link.up:
+                link.drain()
+        # The leaving ones run batches under the settings that they began with.
+        kept = [link.max_size for link in links.values() if link.up]
+        max_size = min([self.arm.max_size, *kept])
+        if max_size != self._max_size:
+            self._bound_rows(max_size)
 
     def retire(self) -> None:
         """Take no new requests, finish the ones there are, then let the links go."""
@@ -280,32 +362,43 @@ class ArmBatcher:
 
     def link_up(self, link: ReplicaLink[list[Call]]) -> None:
         """A replica can take batches."""
+        self._let_go()
         self._check_ready()
         self._pump()
 
     def link_down(self, link: ReplicaLink[list[Call]], lost: list[list[Call]]) -> None:
-        """A replica is gone: send its requests elsewhere, once.
+        """A replica is gone: send its requests elsewhere, as suspects."""
+        count = sum(map(len, lost))
+        for batch in lost:
+            for call in batch:
+                call.replica = link.endpoint.replica
+            self._send_again(batch, count)
+        self._let_go()
+        self._check_ready()
+        self._pump()
 
-        Any of them may be what killed it. So each is sent alone, to a replica that has nothing else
-        to do: the one that kills that one too takes no other request with it.
+    def _send_again(self, batch: list[Call], lost: int) -> None:
+        """Queue the requests of a lost batch as suspects, unless one has proved to be guilty.
+
+        `lost` requests, this batch's and others, were at the replica.
         """
-        for call in chain.from_iterable(lost):
-            if call.done:
-                continue
-            if call.attempts < MAX_SENDS:
-                call.sent = 0.0
-                call.suspect = True
-                self._queue.push_again(call)
-                continue
-            call.fail(
+        alive = [call for call in batch if not call.done]
+        for call in alive:
+            call.losses += 1
+            call.sent = 0.0
+            call.suspect = True
+        if lost == 1 and alive and alive[0].losses >= MAX_LOSSES_ALONE:
+            alive[0].fail(
                 Unavailable(
                     f"model {self.arm.model!r} version {self.arm.version}: the replica was "
-                    f"lost during the run, {MAX_SENDS} times in a row",
+                    f"lost during the run, {alive[0].losses} times in a row",
                     retry_after_s=1.0,
                 )
             )
-        self._check_ready()
-        self._pump()
+            return
+        again = any(call.losses > 1 for call in alive)
+        for group in suspect_groups(alive, lost, again=again):
+            self._queue.push_suspects(group)
 
     def _check_ready(self) -> None:
         """Note since when there is no replica, or that there is one."""
@@ -339,38 +432,35 @@ class ArmBatcher:
 
     def batch_done(
         self,
+        link: ReplicaLink[list[Call]],
         batch: list[Call],
         head: tuple[int, int, int, int, int],
         entries: Sequence[TensorEntry],
         tensors: Sequence[memoryview],
     ) -> None:
         """Give every caller its rows, and the replica its next batch first."""
-        _, rows, run_rows, queue_us, compute_us = head
-        compute, replica_queue = compute_us * 1e-6, queue_us * 1e-6
-        self._service.observe(run_rows, compute)
+        requests = [call.request for call in batch]
+        _, rows, run_rows, _, compute_us = head
+        self._service.observe(run_rows, compute_us * 1e-6)
         self._set_room()
         self.recorder.batch_size.add(rows)
         if self._queue:
             self._pump()
-        counts = [call.rows for call in batch]
         try:
-            parts = split_outputs(
-                self.arm.signature.outputs, self._batched, counts, rows, entries, tensors
-            )
+            answer = BatchAnswer(self.codec, self.arm.signature, requests, head, entries, tensors)
         except ModelFailed as error:
-            self.batch_failed(batch, ModelFailed.slug, str(error))
+            self.batch_failed(link, batch, ModelFailed.slug, str(error))
             return
-        for call, outputs in zip(batch, parts, strict=True):
+        trials: list[Trial] = []
+        for position, call in enumerate(batch):
             if call.done:
                 continue
             call.done = True
-            queue = call.sent - call.arrival + replica_queue
             try:
-                finished = call.sink.answered(
-                    call, outputs, Timing(queue, compute, call.rows, run_rows)
-                )
+                finished = call.sink.answered(call, answer, position)
             except ServingError as error:
                 call.done = False
+                call.replica = link.endpoint.replica
                 call.fail(error)
             except Exception:
                 # One answer that cannot be written must not cost its batch-mates theirs.
@@ -378,20 +468,34 @@ class ArmBatcher:
                 call.done = False
                 call.fail(ServingError("internal error while the answer was written"))
             else:
-                self.recorder.answered(finished - call.arrival, queue, compute)
+                queue = call.sent - call.arrival + answer.queue
+                self.recorder.answered(finished - call.arrival, queue, answer.compute)
+                if (trial := call.trial) is not None:
+                    if not trial.pending:
+                        trials.append(trial)
+                    trial.pending.append(finished - call.arrival)
+        for trial in trials:
+            trial.batch_answered(link.endpoint.replica)
         self._close_if_settled()
 
-    def batch_failed(self, batch: list[Call], slug: str, message: str) -> None:
+    def batch_failed(
+        self, link: ReplicaLink[list[Call]], batch: list[Call], slug: str, message: str
+    ) -> None:
         """Tell the caller; of several, run each again alone, so that only the guilty one fails."""
         error = error_of(slug, f"model {self.arm.model!r} version {self.arm.version}: {message}")
         # Whatever the model said of the batch, it may hold for one of its requests only.
         again = len(batch) > 1 and slug != DeadlineExceeded.slug
+        cluster = Cluster() if again else None
         for call in batch:
             if call.done:
                 continue
-            if again and call.attempts < MAX_SENDS:
+            call.replica = link.endpoint.replica
+            if again:
+                call.cluster = cluster
                 call.sent = 0.0
-                self._queue.push_again(call)
+                # The replica outlived it.
+                call.suspect = False
+                self._queue.push_rerun(call)
             else:
                 call.fail(error)
         self._check_ready()

@@ -18,8 +18,10 @@ _LEVEL: Final = 1
 _GZIP_WBITS: Final = 31
 _ZLIB_WBITS: Final = 15
 
+_Buffer = bytes | bytearray | memoryview
 
-def decompress(data: bytes | bytearray, encoding: str, max_bytes: int) -> bytes | bytearray:
+
+def decompress(data: _Buffer, encoding: str, max_bytes: int) -> _Buffer:
     """A request body in `Content-Encoding: encoding`, decoded.
 
     "deflate" is the zlib format of RFC 9110 §8.4.1.2. Raises `UnsupportedEncoding`,
@@ -66,7 +68,7 @@ def choose(accept_encoding: bytes) -> str:
     return best
 
 
-def compress(parts: Sequence[bytes | bytearray | memoryview], encoding: str) -> bytes:
+def compress(parts: Sequence[_Buffer], encoding: str) -> bytes:
     """A reply body, compressed."""
     wbits = _ZLIB_WBITS if encoding == "deflate" else _GZIP_WBITS
     stream = zlib.compressobj(_LEVEL, wbits=wbits)

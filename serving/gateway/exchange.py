@@ -5,18 +5,20 @@ from __future__ import annotations
 import http
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from serving.core.cost import direct_cost, format_usd
-from serving.core.inference import OutputTensor
 from serving.core.protocol import encode_error, parse_json_length
 from serving.errors import InvalidRequest, ServingError
 from serving.gateway import encoding
-from serving.gateway.infer import MAX_TIMEOUT_S, Call, Timing, monotonic
+from serving.gateway.infer import MAX_TIMEOUT_S, Call, monotonic
 from serving.gateway.targets import model_and_version
 
 if TYPE_CHECKING:
+    from serving.gateway.answers import BatchAnswer
     from serving.gateway.http import HttpConnection
 
 log = logging.getLogger(__name__)
@@ -38,10 +40,14 @@ _JSON: Final = b"application/json"
 _BINARY: Final = b"application/octet-stream\r\ninference-header-content-length: %d"
 # Replies below this are joined into one buffer; a large one is written without a copy.
 _JOIN_BYTES: Final = 1 << 16
+# Smaller bodies are not counted one by one: connections are.
+SMALL_BODY: Final = 1 << 16
+
+_NO_HEADERS: Final[Mapping[bytes, bytes]] = {}
 
 _Buffer = bytes | bytearray | memoryview
-_Work = Callable[[], bytes | bytearray]
-_Then = Callable[[bytes | bytearray], None]
+_Work = Callable[[], _Buffer]
+_Then = Callable[[_Buffer], None]
 _Refuse = Callable[[Exception], None]
 
 
@@ -56,8 +62,10 @@ class Exchange:
         "_arrival",
         "_content_encoding",
         "_error",
+        "_held",
         "_json_length",
         "_request_id",
+        "_routing_headers",
         "_timeout",
         "body",
         "call",
@@ -77,7 +85,7 @@ class Exchange:
         self.keep_alive = keep_alive
         self.connection = connection
         self.path = path
-        self.body: bytes | bytearray = b""
+        self.body: _Buffer = b""
         self.received = False
         self.content_length = 0
         self.expect_continue = False
@@ -89,12 +97,18 @@ class Exchange:
         self._timeout: bytes | None = None
         self._error: Exception | None = None
         self._arrival = 0.0
+        self._held = 0
+        # Those that the route table asks for.
+        self._routing_headers: Mapping[bytes, bytes] = _NO_HEADERS
 
     def read_headers(self, headers: Sequence[tuple[bytes, bytes]], modern: bool) -> None:
         """Note the headers that matter; names are lower-case. What is wrong is refused in `run`.
 
         `modern` is HTTP/1.1; before it there is no `Expect`.
         """
+        asked = self.connection.front.routes.headers
+        if asked:
+            self._routing_headers = {name: value for name, value in headers if name in asked}
         for name, value in headers:
             if name not in _READ_HEADERS:
                 continue
@@ -131,6 +145,7 @@ class Exchange:
         again._accept_encoding = self._accept_encoding
         again._json_length = self._json_length
         again._timeout = self._timeout
+        again._routing_headers = self._routing_headers
         again.body = body
         again.received = True
         return again
@@ -139,10 +154,38 @@ class Exchange:
         """Append to the body. Pieces may be tiny: they are not kept as objects of their own."""
         if not self.body:
             self.body = piece
-            return
-        if isinstance(self.body, bytes):
-            self.body = bytearray(self.body)
-        self.body += piece
+        else:
+            if not isinstance(self.body, bytearray):
+                self.body = bytearray(self.body)
+            self.body += piece
+        if len(self.body) > SMALL_BODY:
+            self.count(len(self.body))
+
+    def make_room(self) -> memoryview:
+        """Make the body as large as announced; returns the part of it that is still to come."""
+        start = self.body
+        # Zeros, which a bytearray would begin with, cost as much as a copy.
+        room = memoryview(np.empty(self.content_length, np.uint8))  # type: ignore[arg-type]
+        room[: len(start)] = start
+        self.body = room
+        return room[len(start) :]
+
+    def count(self, nbytes: int) -> None:
+        """Count so much of the body among what is held, or refuse the request."""
+        try:
+            self._hold(nbytes)
+        except ServingError as error:
+            self.connection.refuse(error)
+
+    def _hold(self, nbytes: int) -> None:
+        """Count a body of `nbytes` among those held. Raises `Unavailable` if they are too many."""
+        self.connection.front.hold(nbytes - self._held)
+        self._held = nbytes
+
+    def _release(self) -> None:
+        if self._held:
+            self.connection.front.release(self._held)
+            self._held = 0
 
     def refuse(self, error: Exception) -> None:
         """Answer with `error` when the turn comes, and close."""
@@ -150,6 +193,7 @@ class Exchange:
         self.keep_alive = False
         self.received = True
         self.body = b""
+        self._release()
 
     def run(self) -> None:
         """It is this exchange's turn and its body is there."""
@@ -164,18 +208,27 @@ class Exchange:
         name = self._content_encoding.decode("latin-1")
         limit = self.connection.front.limits.max_body_bytes
 
-        def inflate() -> bytes | bytearray:
+        def inflate() -> _Buffer:
             return encoding.decompress(body, name, limit)
 
         inline = len(body) <= encoding.INLINE_INFLATE_BYTES
-        self._run_work(inline, inflate, self._submit, self._refuse)
+        self._run_work(inline, inflate, self._submit_inflated, self._refuse)
 
-    def _submit(self, body: bytes | bytearray) -> None:
+    def _submit_inflated(self, body: _Buffer) -> None:
+        try:
+            if len(body) > SMALL_BODY:
+                self._hold(len(body))
+        except ServingError as error:
+            self._refuse(error)
+        else:
+            self._submit(body)
+
+    def _submit(self, body: _Buffer) -> None:
         front = self.connection.front
         try:
             arm = front.routes.infer_paths.get(self.path)
             if arm is None:
-                arm = front.routes.arm(*model_and_version(self.path))
+                arm = front.routes.target(*model_and_version(self.path))
             json_length = parse_json_length(self._json_length)
             timeout = None if self._timeout is None else _parse_timeout(self._timeout)
             if self._request_id is not None and not _is_request_id(self._request_id):
@@ -203,17 +256,18 @@ class Exchange:
 
     # The sink.
 
-    def answered(self, call: Call, outputs: Sequence[OutputTensor], timing: Timing) -> float:
+    def answered(self, call: Call, answer: BatchAnswer, position: int) -> float:
         """Write the reply."""
         batcher = call.arm
-        response = batcher.codec.encode(call.request, outputs)
+        response = answer.response(position, call.request)
         price = batcher.arm.usd_per_hour
         cost = b"unpriced"
         if price is not None:
-            nano = direct_cost(price, timing.compute, timing.rows, timing.run_rows)
+            nano = direct_cost(price, answer.compute, call.rows, answer.run_rows)
             cost = format_usd(nano).encode()
         now = monotonic()
-        queue, compute = timing.queue, timing.compute
+        compute = answer.compute
+        queue = call.sent - call.arrival + answer.queue
         json_length = response.json_length
         head = (
             b"%bcontent-type: %b\r\nx-inference-cost-usd: %b\r\n"
@@ -243,10 +297,21 @@ class Exchange:
         """Write an error reply; the call has been counted."""
         self._fail(error)
 
+    def moved(self, call: Call) -> None:
+        """The request is another call's now."""
+        self.call = call
+
+    def header(self, name: bytes) -> bytes | None:
+        """A header that the route table asks for."""
+        if name == b"x-request-id":
+            return self._request_id
+        return self._routing_headers.get(name)
+
     def disconnect(self) -> None:
         """The client is gone."""
         self.disconnected = True
         self.body = b""
+        self._release()
         # The call refers back here, and holds the request.
         call, self.call = self.call, None
         if call is not None:
@@ -261,7 +326,7 @@ class Exchange:
             return
         head += b"content-encoding: %b\r\nvary: accept-encoding\r\n" % chosen.encode()
 
-        def write(body: bytes | bytearray) -> None:
+        def write(body: _Buffer) -> None:
             self._write(200, head, (body,), len(body))
 
         inline = size <= encoding.INLINE_DEFLATE_BYTES
@@ -284,7 +349,7 @@ class Exchange:
         front = connection.front
         request_id = self._request_id
         if request_id is None or not _is_request_id(request_id):
-            request_id = front.next_request_id().encode()
+            request_id = front.next_request_id()
         head = b"%b%b%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n" % (
             _STATUS[status],
             front.date,
@@ -299,6 +364,7 @@ class Exchange:
             connection.transport.writelines((head, *parts))
         self.response_complete = True
         self.call = None
+        self._release()
         if not self.keep_alive:
             connection.end()
         connection.on_response_complete()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from typing import TYPE_CHECKING
 
+from serving.errors import Unavailable
 from serving.gateway.http import HttpConnection
 from serving.gateway.infer import Pipeline, monotonic
 from serving.gateway.turns import SWEEP_S
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """Bounds on one connection. Bytes and seconds."""
+    """Bounds on one connection, and on all together. Bytes and seconds."""
 
     max_body_bytes: int
     max_header_bytes: int
+    max_held_bytes: int
+    max_connections: int
     keep_alive_s: float
     read_timeout_s: float
     write_timeout_s: float
@@ -47,7 +50,9 @@ class HttpFront:
         self.unrouted: dict[str, int] = {}
         self.clock = monotonic()
         self.date = b""
-        self._request_id_prefix = request_id_prefix
+        # Bytes of large request bodies that wait for their answers.
+        self.held_bytes = 0
+        self._request_id_prefix = request_id_prefix.encode()
         self._request_number = 0
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -55,10 +60,24 @@ class HttpFront:
         """For uvicorn's `http=` setting."""
         return functools.partial(HttpConnection, self)
 
-    def next_request_id(self) -> str:
+    def next_request_id(self) -> bytes:
         """An id for a request that brought none, unique across gateways."""
         self._request_number += 1
-        return f"{self._request_id_prefix}{self._request_number:x}"
+        return b"%b%x" % (self._request_id_prefix, self._request_number)
+
+    def hold(self, nbytes: int) -> None:
+        """Count bytes of large request bodies. Raises `Unavailable` past the limit."""
+        limit = self.limits.max_held_bytes
+        if self.held_bytes + nbytes > limit:
+            raise Unavailable(
+                f"request bodies being answered fill the {limit} bytes this gateway has for them",
+                retry_after_s=1.0,
+            )
+        self.held_bytes += nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Count bytes as gone."""
+        self.held_bytes -= nbytes
 
     def count_unrouted(self, slug: str) -> None:
         """Count an inference request that reached no model."""

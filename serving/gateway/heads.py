@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from serving.gateway.exchange import Exchange
+from serving.gateway.exchange import SMALL_BODY, Exchange
 
 if TYPE_CHECKING:
     from serving.gateway.http import HttpConnection
@@ -20,10 +20,14 @@ _HEAD_END: Final = b"\r\n\r\n"
 
 @dataclass(slots=True)
 class KnownHead:
-    """The last request that came in one piece: its head, its length with the body, its headers."""
+    """The last request that came in one piece: its head, its length with the body, its headers.
+
+    `asked` are the headers that the route table asked for when they were read.
+    """
 
     head: bytes
     length: int
+    asked: frozenset[bytes]
     first: Exchange
 
     def fits(self, data: bytes) -> bool:
@@ -38,15 +42,17 @@ class KnownHead:
 def know_head(data: bytes, request: object, body_bytes: int) -> KnownHead | None:
     """What to remember of `request`, which was all of `data` and nothing else.
 
-    None unless it is for inference, its length was announced and it leaves the connection open.
+    None unless it is for inference, its length was announced, it is small, and it leaves the
+    connection open.
     """
     if not isinstance(request, Exchange) or not request.repeatable:
         return None
-    if not body_bytes or request.content_length != body_bytes:
+    if not 0 < body_bytes <= SMALL_BODY or request.content_length != body_bytes:
         return None
     head = data[: data.find(_HEAD_END) + len(_HEAD_END)]
     # Blank lines may stand before a request and behind its body.
     if len(head) + body_bytes != len(data):
         return None
     # A copy: the request itself goes with its answer.
-    return KnownHead(head, len(data), request.repeat(request.connection, b""))
+    asked = request.connection.front.routes.headers
+    return KnownHead(head, len(data), asked, request.repeat(request.connection, b""))

@@ -27,8 +27,9 @@ from uvicorn.server import ServerState
 from serving import errors
 from serving.gateway.exchange import Exchange
 from serving.gateway.heads import KnownHead, know_head
-from serving.gateway.targets import normal_path, origin_form
+from serving.gateway.targets import host_fault, normal_path, origin_form
 from serving.gateway.turns import CONTINUE, Turns
+from serving.gateway.uploads import MIN_UPLOAD_BYTES, Upload
 
 if TYPE_CHECKING:
     from serving.gateway.front import HttpFront
@@ -66,7 +67,16 @@ class HttpConnection(Turns):
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
-        self.front.connections.add(self)
+        connections = self.front.connections
+        connections.add(self)
+        limit = self.front.limits.max_connections
+        if len(connections) > limit:
+            self.refuse(
+                errors.Unavailable(
+                    f"this gateway has {limit} client connections, all that it may have",
+                    retry_after_s=1.0,
+                )
+            )
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -92,7 +102,12 @@ class HttpConnection(Turns):
             return
         resting = not self._receiving and not self._loose_bytes
         known = self._known
-        if resting and known is not None and known.fits(data):
+        if (
+            resting
+            and known is not None
+            and known.asked is self.front.routes.headers
+            and known.fits(data)
+        ):
             self._since = self.front.clock
             exchange = known.exchange(self, data)
             self.cycle = exchange  # type: ignore[assignment]
@@ -105,10 +120,26 @@ class HttpConnection(Turns):
         self._parse([data])
         if resting and self._begun == 1 and not self._receiving:
             self._known = know_head(data, self.cycle, self._body_bytes)
+        if self._receiving and not self._in_head:
+            self._receive_rest()
         limit = self.front.limits.max_header_bytes
         if self._loose_bytes > limit and not self._dead:
             what = "head" if self._in_head else "chunk framing or trailers"
             self.refuse(errors.HeadersTooLarge(f"the request's {what} exceeds {limit} bytes"))
+
+    def _receive_rest(self) -> None:
+        """Take a large rest of the body past the parser, if it is this request's turn."""
+        exchange = self.incoming
+        if not isinstance(exchange, Exchange) or exchange is not self.active or self._dead:
+            return
+        if exchange.content_length - self._body_bytes >= MIN_UPLOAD_BYTES:
+            Upload(self, exchange)
+
+    def upload_ended(self) -> None:
+        """The body is complete, or refused. The parser, still in its midst, is of no more use."""
+        if not self._dead:
+            self.parser = httptools.HttpRequestParser(self)
+            self.on_message_complete()
 
     def _parse(self, pieces: list[bytes | memoryview]) -> None:
         while pieces and not self._dead:
@@ -174,6 +205,9 @@ class HttpConnection(Turns):
         limit = self.front.limits.max_header_bytes
         if self._received > limit and self._head_size() > limit:
             self.refuse(errors.HeadersTooLarge(f"the request's head exceeds {limit} bytes"))
+            return
+        if fault := host_fault(self.headers, parser.get_http_version()):
+            self.refuse(errors.InvalidRequest(f"malformed HTTP: {fault}"))
             return
         if parser.get_method() == b"POST":
             if self.url in self.front.routes.infer_paths:

@@ -11,8 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from serving.core.batching import DEFAULT_PRIORITY, LOWEST_PRIORITY
@@ -25,8 +24,11 @@ from serving.errors import (
 )
 
 if TYPE_CHECKING:
-    from serving.core.inference import InferRequest, OutputTensor
+    from serving.core.inference import InferRequest
+    from serving.gateway.answers import BatchAnswer
     from serving.gateway.batcher import ArmBatcher
+    from serving.gateway.splitter import Splitter
+    from serving.gateway.trials import Cluster, Trial
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +39,20 @@ TICK_S: Final = 0.001
 monotonic = time.monotonic
 
 
-@dataclass(slots=True)
-class Timing:
-    """Where a request's time went, in seconds, and its share of the run that answered it."""
-
-    queue: float
-    compute: float
-    rows: int
-    run_rows: int
-
-
 class Sink(Protocol):
     """Where an answer goes. Exactly one of the two is called, once, on the loop."""
 
-    def answered(self, call: Call, outputs: Sequence[OutputTensor], timing: Timing) -> float:
-        """Deliver the outputs, valid during the call; return when it was done (monotonic)."""
+    def answered(self, call: Call, answer: BatchAnswer, position: int) -> float:
+        """Deliver the call's part of an answer, valid now; return when it was done (monotonic)."""
 
     def failed(self, call: Call, error: ServingError) -> None:
         """Deliver an error."""
+
+    def moved(self, call: Call) -> None:
+        """Note that `call` takes over: it is the one to cancel, and the one that will answer."""
+
+    def header(self, name: bytes) -> bytes | None:
+        """A header of the request that the route table asks for; `name` is lower-case."""
 
 
 class Call:
@@ -63,16 +61,20 @@ class Call:
     __slots__ = (
         "arm",
         "arrival",
-        "attempts",
+        "cluster",
         "deadline",
         "done",
+        "final_deadline",
         "key",
         "level",
+        "losses",
+        "replica",
         "request",
         "rows",
         "sent",
         "sink",
         "suspect",
+        "trial",
     )
 
     def __init__(
@@ -93,16 +95,26 @@ class Call:
         self.deadline = deadline
         self.level = level
         self.sent = 0.0
-        self.attempts = 0
-        # Whether a replica was lost that had it, and perhaps because of it.
+        # How many replicas were lost that had it, and whether it may be what killed the last one.
+        self.losses = 0
         self.suspect = False
         self.done = False
+        # Of a request in a rollout: where it is counted, the replica that had it, the requests that
+        # failed with it, and the deadline that is left if its arm does not keep its own.
+        self.trial: Trial | None = None
+        self.replica = ""
+        self.cluster: Cluster | None = None
+        self.final_deadline = 0.0
 
     def fail(self, error: ServingError) -> None:
         """Answer with an error, once, and count it."""
         if self.done:
             return
         self.done = True
+        trial = self.trial
+        if trial is not None and trial.failed(self, error):
+            self.arm.recorder.refused("shielded", monotonic() - self.arrival)
+            return
         self.arm.recorder.refused(error.slug, monotonic() - self.arrival)
         try:
             self.sink.failed(self, error)
@@ -132,7 +144,7 @@ class Pipeline:
 
     def submit(
         self,
-        arm: ArmBatcher,
+        arm: ArmBatcher | Splitter,
         request: InferRequest,
         sink: Sink,
         arrival: float,
@@ -158,11 +170,15 @@ class Pipeline:
         else:
             timeout = arm.arm.timeout_s
         deadline = arrival + min(timeout, MAX_TIMEOUT_S)
-        call = Call(arm, request, sink, arrival, deadline, level)
+        call = Call(arm.stable, request, sink, arrival, deadline, level)
         arm.admit(call)
+        self.watch(call.deadline)
+        return call
+
+    def watch(self, deadline: float) -> None:
+        """See to it that nobody waits past `deadline`."""
         if deadline < self._next_deadline:
             self._watch(deadline)
-        return call
 
     def give_up(self) -> None:
         """Answer everything outstanding with `Unavailable`: the gateway ends."""

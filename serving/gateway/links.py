@@ -47,6 +47,7 @@ class LinkOwner(Protocol[BatchT]):
 
     def batch_done(
         self,
+        link: ReplicaLink[BatchT],
         batch: BatchT,
         head: tuple[int, int, int, int, int],
         entries: Sequence[TensorEntry],
@@ -54,7 +55,9 @@ class LinkOwner(Protocol[BatchT]):
     ) -> None:
         """`head` is RESULT's: batch id, rows, run rows, queue µs, compute µs."""
 
-    def batch_failed(self, batch: BatchT, slug: str, message: str) -> None:
+    def batch_failed(
+        self, link: ReplicaLink[BatchT], batch: BatchT, slug: str, message: str
+    ) -> None:
         """The replica could not run the batch."""
 
 
@@ -105,11 +108,13 @@ class _DataConnection(_Connection[BatchT]):
             layout = self.link.layouts.read(table, tensors, len(payload))
             batch = self._finish(head[0])
             outputs = [payload[a:b] for a, b in layout.spans]
-            self.link.owner.batch_done(batch, head, layout.entries, outputs)
+            self.link.owner.batch_done(self.link, batch, head, layout.entries, outputs)
         elif kind is Kind.FAILED:
             body = frames.decode_json(meta, frames.BATCH_ID.size)
             batch = self._finish(frames.BATCH_ID.unpack_from(meta)[0])
-            self.link.owner.batch_failed(batch, str(body.get("slug")), str(body.get("message")))
+            self.link.owner.batch_failed(
+                self.link, batch, str(body.get("slug")), str(body.get("message"))
+            )
         else:
             super().frame(kind, tensors, meta, payload)
 
@@ -169,7 +174,10 @@ class ReplicaLink(Generic[BatchT]):
         self.turn = 0
         self.layouts = IncomingLayouts()
         self._idle: list[_DataConnection[BatchT]] = []
-        self._exclusive = False
+        # Whether a batch is there that must have the replica to itself.
+        self.exclusive = False
+        # Most rows in a batch, for its owner.
+        self.max_size = 0
         self._node = node
         self._digest = digest
         self._tls = tls
@@ -192,14 +200,9 @@ class ReplicaLink(Generic[BatchT]):
         """Batches on their way."""
         return len(self._data) - len(self._idle) if self._up else 0
 
-    def can_take(self, alone: bool) -> bool:
-        """Whether a batch may be sent now: with `alone`, one that must have the replica to itself.
-
-        While such a batch is there no other is sent.
-        """
-        if not self._idle or not self.up or self._exclusive:
-            return False
-        return not (alone and self.in_flight)
+    def can_take(self) -> bool:
+        """Whether a batch may be sent now."""
+        return bool(self._idle) and self.up and not self.exclusive
 
     def batches(self) -> list[BatchT]:
         """The batches on their way."""
@@ -219,12 +222,16 @@ class ReplicaLink(Generic[BatchT]):
         *,
         alone: bool,
     ) -> None:
-        """Send a batch that the link can take; `pieces` are the payload that `layout` describes."""
+        """Send a batch that the link can take; `pieces` are the payload that `layout` describes.
+
+        With `alone` nothing else is sent until it is answered, and the replica merges it with none.
+        """
         connection = self._idle.pop()
-        self._exclusive = alone
+        self.exclusive = alone
         self._next_id += 1
         connection.batch, connection.batch_id = batch, self._next_id
-        meta = frames.INFER_HEAD.pack(self._next_id, rows, 0, budget_us) + layout.table
+        flags = frames.NO_MERGE if alone else 0
+        meta = frames.INFER_HEAD.pack(self._next_id, rows, flags, budget_us) + layout.table
         prefix = frames.encode_prefix(Kind.INFER, layout.tensors, len(meta), layout.payload)
         transport = connection.transport
         if layout.payload < _JOIN_BYTES:
@@ -234,7 +241,7 @@ class ReplicaLink(Generic[BatchT]):
 
     def connection_free(self, connection: _DataConnection[BatchT]) -> None:
         """A connection's batch has been answered."""
-        self._exclusive = False
+        self.exclusive = False
         self._idle.append(connection)
         if self.draining:
             self.loop.call_soon(self._close_if_drained)
@@ -290,7 +297,7 @@ class ReplicaLink(Generic[BatchT]):
         if self._heartbeat is not None:
             connections.append(self._heartbeat)
         self._data, self._idle, self._heartbeat = [], [], None
-        self._exclusive = False
+        self.exclusive = False
         for connection in connections:
             if connection.transport is not None:
                 connection.transport.abort()

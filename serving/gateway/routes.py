@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from serving.core.inference import Limits
 from serving.core.routing import Arm, Endpoint, RouteTable
 from serving.errors import NotFound
 from serving.gateway.batcher import ArmBatcher
-from serving.gateway.infer import Call
+from serving.gateway.infer import Call, monotonic
 from serving.gateway.links import ReplicaLink
 from serving.gateway.recorder import ArmRecorder
+from serving.gateway.splitter import Splitter
 
 _ArmKey = tuple[str, str, str]
+# How long after the end of a split its last answers may come.
+_LATE_S: Final = 120.0
 
 
 class Routes:
@@ -35,7 +38,15 @@ class Routes:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.table = RouteTable()
-        self.infer_paths: dict[bytes, ArmBatcher] = {}
+        self.infer_paths: dict[bytes, ArmBatcher | Splitter] = {}
+        # The request headers that some split depends on.
+        self.headers: frozenset[bytes] = frozenset()
+        # What splitters report to: a new deadline, and a canary that was cut off.
+        self.watch: Callable[[float], None] = _ignore
+        self.breaker_opened: Callable[[], None] = _ignore
+        self._splitters: dict[str, Splitter] = {}
+        # Splits that ended, and since when: late answers are still counted.
+        self._ended: dict[str, float] = {}
         self._arms: dict[_ArmKey, ArmBatcher] = {}
         self._retired: list[ArmBatcher] = []
         # Totals outlive their batcher: a version that left and comes back goes on counting.
@@ -48,9 +59,11 @@ class Routes:
 
     @property
     def ready(self) -> bool:
-        """Whether a table is there and every default version in it has a connected replica."""
-        return self.table.revision > 0 and all(
-            m.version in m.arms and self.arm(m.name).ready for m in self.table.models.values()
+        """Whether a complete table is there and every default version has a connected replica."""
+        table = self.table
+        routed = table.revision > 0 and table.complete
+        return routed and all(
+            m.version in m.arms and self.arm(m.name).ready for m in table.models.values()
         )
 
     def batchers(self) -> Iterator[ArmBatcher]:
@@ -81,6 +94,7 @@ class Routes:
                 arms[_key(arm)] = self._batcher(arm)
         left = [batcher for key, batcher in self._arms.items() if key not in arms]
         self.table, self._arms = table, arms
+        self._split()
         self.infer_paths = dict(self._paths())
         for batcher in arms.values():
             batcher.connect(batcher.arm.endpoints, self._link)
@@ -97,11 +111,46 @@ class Routes:
             batcher.configure(arm)
         return batcher
 
-    def _paths(self) -> Iterator[tuple[bytes, ArmBatcher]]:
+    def _split(self) -> None:
+        """Make the splitters match the route table."""
+        now = monotonic()
+        splits = {}
+        for route in self.table.models.values():
+            split = route.split
+            if split is None or split.canary not in route.arms:
+                continue
+            stable, canary = self.arm(route.name, route.version), self.arm(route.name, split.canary)
+            splitter = self._splitters.get(split.rollout)
+            if splitter is None:
+                splitter = Splitter(
+                    split, stable, canary, watch=self.watch, breaker_opened=self.breaker_opened
+                )
+            else:
+                splitter.configure(split, stable, canary)
+            splits[split.rollout] = splitter
+        for rollout in self._splitters.keys() - splits.keys():
+            self._ended.setdefault(rollout, now)
+        for rollout in splits:
+            self._ended.pop(rollout, None)
+        lately = {
+            r: s for r, s in self._splitters.items() if now - self._ended.get(r, now) < _LATE_S
+        }
+        self._splitters = {**lately, **splits}
+        self.headers = frozenset().union(*(s.headers for s in splits.values()))
+
+    def target(self, model: str, version: str | None = None) -> ArmBatcher | Splitter:
+        """Where a request for a model goes. Raises `NotFound`."""
+        arm = self.arm(model, version)
+        split = self.table.models[model].split
+        if version is None and split is not None and split.rollout in self._splitters:
+            return self._splitters[split.rollout]
+        return arm
+
+    def _paths(self) -> Iterator[tuple[bytes, ArmBatcher | Splitter]]:
         for route in self.table.models.values():
             base = f"/v2/models/{route.name}"
             if route.version in route.arms:
-                yield f"{base}/infer".encode(), self.arm(route.name)
+                yield f"{base}/infer".encode(), self.target(route.name)
             for version in route.arms:
                 path = f"{base}/versions/{version}/infer"
                 yield path.encode(), self.arm(route.name, version)
@@ -116,6 +165,14 @@ class Routes:
             tls=self._tls,
             loop=self._loop,
         )
+
+    def report_rollouts(self) -> dict[str, list[dict[str, Any]]]:
+        """What rollouts learn here: counts a trial and replica, and a summary a rollout."""
+        splitters = self._splitters.values()
+        return {
+            "trials": [row for splitter in splitters for row in splitter.report()],
+            "splits": [splitter.summary() for splitter in splitters],
+        }
 
     def report(self) -> list[dict[str, Any]]:
         """Totals and gauges, one entry a version, those that have left too."""
@@ -139,6 +196,10 @@ class Routes:
         """Drop all connections to replicas. Every request must have been answered."""
         tasks = [task for batcher in self.batchers() for task in batcher.close()]
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _ignore(*_: object) -> None:
+    """Nobody listens yet."""
 
 
 def _key(arm: Arm) -> _ArmKey:

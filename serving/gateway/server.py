@@ -73,12 +73,17 @@ class GatewayServer:
         self._started_at = time.time()
         self._tls: ssl.SSLContext | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._report_now = asyncio.Event()
 
     async def start(self) -> None:
         """Listen. Raises `ClusterError` when the port is taken."""
         config = self._config
         loop = asyncio.get_running_loop()
-        limits = Limits(max_json_depth=config.max_json_depth, max_elements=config.max_elements)
+        limits = Limits(
+            max_json_depth=config.max_json_depth,
+            max_json_bytes=config.max_json_bytes,
+            max_elements=config.max_elements,
+        )
         self.routes = Routes(
             gateway=self._gateway,
             node=self._node,
@@ -87,12 +92,16 @@ class GatewayServer:
             loop=loop,
         )
         self.pipeline = Pipeline(loop, self.routes.batchers)
+        self.routes.watch = self.pipeline.watch
+        self.routes.breaker_opened = self._report_now.set
         self.front = HttpFront(
             self.pipeline,
             self.routes,
             HttpLimits(
                 config.max_body_bytes,
                 config.max_header_bytes,
+                config.max_held_bytes,
+                config.max_connections,
                 config.keep_alive_s,
                 config.read_timeout_s,
                 config.write_timeout_s,
@@ -181,7 +190,10 @@ class GatewayServer:
 
     async def _report_forever(self) -> None:
         async def once() -> None:
-            await asyncio.sleep(self._tick_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._tick_s):
+                    await self._report_now.wait()
+            self._report_now.clear()
             await self._report()
 
         await _repeat(once, "report")
@@ -201,6 +213,7 @@ class GatewayServer:
             "connections": len(self.front.connections),
             "unrouted": dict(self.front.unrouted),
             "models": self.routes.report(),
+            "rollouts": self.routes.report_rollouts(),
             "bounds": {"seconds": list(SECONDS_BOUNDS), "rows": list(ROWS_BOUNDS)},
         }
 

@@ -1,10 +1,31 @@
-"""Request targets: their forms, and the model that one names."""
+"""Request targets: their forms, the host that goes with them, and the model that one names."""
 
 from __future__ import annotations
 
+import re
 import urllib.parse
+from collections.abc import Iterable
+from typing import Final
 
 from serving.errors import NotFound
+
+# RFC 3986 §3.2.2: an address in brackets, or a name (which an IPv4 address is, too); then a port.
+_HOST: Final = re.compile(rb"(\[[\w.~!$&'()*+,;=:-]+\]|[\w.~!$&'()*+,;=%-]*)(:[0-9]*)?", re.ASCII)
+
+
+def host_fault(headers: Iterable[tuple[bytes, bytes]], version: str) -> str | None:
+    """What is wrong with a request's Host header, if anything (RFC 9112 §3.2).
+
+    Names are lower-case. A proxy in front may have chosen the gateway by another one of several.
+    """
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1:
+        return f"{len(hosts)} Host headers, one is allowed"
+    if not hosts:
+        return "no Host header" if version == "1.1" else None
+    if not _HOST.fullmatch(hosts[0].strip(b" \t")):
+        return f"the Host header {hosts[0][:80].decode('latin-1')!r} is no host and port"
+    return None
 
 
 def origin_form(target: bytes) -> bytes:

@@ -32,11 +32,13 @@ class Work:
     """One batch on its way through the engine, filled in by whichever thread runs it.
 
     `inputs` are in the signature's order; `deadline` is on the monotonic clock in seconds, 0 for
-    none. Afterwards either `outputs` or `error` is set, with the rows of the run it was part of
-    (padding included), the seconds it waited and the seconds that run took.
+    none; with `alone` it is merged with no other. Afterwards either `outputs` or `error` is set,
+    with the rows of the run it was part of (padding included), the seconds it waited and the
+    seconds that run took.
     """
 
     __slots__ = (
+        "alone",
         "arrived",
         "compute_s",
         "deadline",
@@ -52,8 +54,15 @@ class Work:
     )
 
     def __init__(
-        self, inputs: list[Array], rows: int, *, arrived: float, deadline: float = 0.0
+        self,
+        inputs: list[Array],
+        rows: int,
+        *,
+        arrived: float,
+        deadline: float = 0.0,
+        alone: bool = False,
     ) -> None:
+        self.alone = alone
         self.inputs = inputs
         self.rows = rows
         self.arrived = arrived
@@ -193,7 +202,7 @@ class Engine:
 
     def _gather(self, group: list[Work]) -> None:
         """Move every waiting batch that can run with `group[0]` into `group`."""
-        if not self._merges:
+        if not self._merges or group[0].alone:
             return
         room = self._merge_size - group[0].rows
         shapes = group[0].shapes or _shapes(group[0], self._merges)
@@ -203,7 +212,7 @@ class Engine:
             for waiting in self._waiting:
                 if waiting.deadline and waiting.deadline <= moment:
                     group.append(waiting)  # takes no room: it will be told, not run
-                elif waiting.rows <= room and waiting.shapes == shapes:
+                elif not waiting.alone and waiting.rows <= room and waiting.shapes == shapes:
                     group.append(waiting)
                     room -= waiting.rows
                 else:

@@ -12,6 +12,7 @@ import numpy as np
 from serving.core.frames import (
     BATCH_ID,
     INFER_HEAD,
+    NO_MERGE,
     RESULT_HEAD,
     FrameError,
     Kind,
@@ -65,7 +66,9 @@ class Codec:
         """
         if len(meta) < INFER_HEAD.size:
             raise FrameError(f"an INFER frame's meta has {len(meta)} bytes")
-        batch_id, rows, _, budget_us = INFER_HEAD.unpack_from(meta)
+        batch_id, rows, flags, budget_us = INFER_HEAD.unpack_from(meta)
+        if flags & ~NO_MERGE:
+            raise FrameError(f"an INFER frame with unknown flags {flags:#x}")
         table = bytes(meta[INFER_HEAD.size :])
         layout = self._layouts.get((tensors, rows, table))
         try:
@@ -87,7 +90,8 @@ class Codec:
             # numpy bounds the size of an array even where a dimension of 0 makes it empty.
             return batch_id, InvalidRequest(f"a tensor's shape is out of bounds: {error}")
         deadline = arrived + budget_us * 1e-6 if budget_us else 0.0
-        return batch_id, Work(inputs, rows, arrived=arrived, deadline=deadline)
+        alone = bool(flags & NO_MERGE)
+        return batch_id, Work(inputs, rows, arrived=arrived, deadline=deadline, alone=alone)
 
     def encode(self, batch_id: int, work: Work) -> list[Buffer]:
         """The buffers of the RESULT or FAILED frame that answers `work`."""

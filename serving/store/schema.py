@@ -37,6 +37,17 @@ pins: Final = Table(
     PrimaryKeyConstraint("model", "ref"),
 )
 
+# Every version that was ever applied, and the digest that it had: never changed, never removed.
+versions: Final = Table(
+    "versions",
+    metadata,
+    Column("model", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("first_applied_at", Double, nullable=False),
+    PrimaryKeyConstraint("model", "version"),
+)
+
 # One row each: what was asked for, and what gateways were told.
 desired: Final = Table(
     "desired",

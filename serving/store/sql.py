@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from serving.errors import ConflictError
 from serving.store import engine as engines
-from serving.store.schema import counters, desired, events, pins, route_table
+from serving.store.schema import counters, desired, events, pins, route_table, versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +108,31 @@ class Store:
     ) -> None:
         """Replace the document and all pins, and log `event` (kind, body), together or not at all.
 
-        Raises `ConflictError` as `save_desired` does.
+        The pins' digests are added to those of `digests`. Raises `ConflictError` as `save_desired`
+        does.
         """
         with self._write() as db:
             self._save_desired(db, config, expected)
             db.execute(delete(pins))
             for pin in new_pins:
                 _upsert(db, pins, asdict(pin))
+                _insert_once(
+                    db,
+                    versions,
+                    {
+                        "model": pin.model,
+                        "version": pin.version,
+                        "digest": pin.digest,
+                        "first_applied_at": pin.resolved_at,
+                    },
+                )
             self._append(db, *event)
+
+    def digests(self) -> dict[tuple[str, str], str]:
+        """(model, version) to the digest that it had when it was first applied."""
+        with self._read() as db:
+            rows = db.execute(select(versions.c.model, versions.c.version, versions.c.digest))
+            return {(row.model, row.version): row.digest for row in rows}
 
     # What gateways were told.
 
@@ -207,9 +224,19 @@ def _revision(db: Connection, table: Table) -> int:
     return db.execute(select(table.c.revision)).scalar_one_or_none() or 0
 
 
+def _insert_once(db: Connection, table: Table, row: dict[str, Any]) -> None:
+    """Insert, or change nothing where the row's key is there."""
+    keys = list(table.primary_key)
+    db.execute(_insert(db, table).values(row).on_conflict_do_nothing(index_elements=keys))
+
+
+def _insert(db: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
+    postgres = db.dialect.name == "postgresql"
+    return postgresql.insert(table) if postgres else sqlite.insert(table)
+
+
 def _upsert(db: Connection, table: Table, row: dict[str, Any]) -> None:
-    dialect = postgresql if db.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(table).values(row)
+    statement = _insert(db, table).values(row)
     changed = {name: statement.excluded[name] for name in row if name not in table.primary_key}
     keys = list(table.primary_key)
     db.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed))

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import deployments, models, processes
 from benchmarks.deployments import System
 from benchmarks.errors import BenchmarkError
+from models.processes import session
 from models.zoo import catalogue as zoo
 
 
@@ -36,7 +37,7 @@ def test_a_started_system_answers_as_its_model_and_is_gone_afterwards(model: Pat
 
     with deployments.started(system, check) as running:
         assert [p.role for p in processes.usage(running.pid)] == ["benchmarks.peers.bare_asgi"]
-    assert not processes.session(running.pid)
+    assert not session(running.pid)
 
 
 def test_a_wrong_answer_stops_the_benchmark(model: Path):

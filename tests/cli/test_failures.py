@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sqlite3
 from collections.abc import Iterator
@@ -11,7 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from serving.cli import home, up
+from serving.cli.client import Admin
+from serving.config import load_config, parse_config
+from serving.errors import ConflictError
+from serving.registry.mlflow import Registry
+from tests.bundles import write_bundle
+from tests.cli.admin import admin_api
 from tests.e2e.deployment import free_port, serving
+
+# MLflow 3.17 with SQLAlchemy 2.1.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
+)
 
 
 @pytest.fixture
@@ -57,8 +70,124 @@ def test_a_port_in_use(tmp_path: Path, listener: int, section: str) -> None:
     other = {"gateway": "control", "control": "gateway"}[section]
     text = f"{section}: {{port: {listener}}}\n{other}: {{port: {free_port()}}}\n"
     said = fails("up", "-f", config(tmp_path, text), home=tmp_path)
-    assert str(listener) in said
+    assert f"port {listener} on 127.0.0.1" in said
+    assert f"by process {os.getpid()}" in said
     assert f"set {section}.port" in said
+
+
+def test_one_port_for_both(tmp_path: Path) -> None:
+    port = free_port()
+    file = config(tmp_path, f"gateway: {{port: {port}}}\ncontrol: {{port: {port}}}\n")
+    said = fails("up", "-f", file, home=tmp_path)
+    assert f"gateway.port and control.port are both {port}" in said
+
+
+def test_an_address_of_another_machine(tmp_path: Path) -> None:
+    text = f"gateway: {{host: 192.0.2.1, port: {free_port()}}}\ncontrol: {{port: 0}}\n"
+    assert "Set gateway.host" in fails("up", "-f", config(tmp_path, text), home=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bogus"], "No such command 'bogus'; see `serving --help`"),
+        (["up", "--bogus"], "No such option: --bogus; see `serving up --help`"),
+        (["infer", "m"], "Missing option '--input'"),
+        (["up", "--timeout", "long"], "Invalid value for '--timeout'"),
+        (["config", "bogus"], "No such command 'bogus'; see `serving config --help`"),
+        (["infer", "m/1", "--version", "2", "--input", "x.npy"], "leave out --version 2"),
+        (["infer", "m@", "--input", "x.npy"], "expected NAME, NAME@ALIAS or NAME/VERSION"),
+        (["show", "/1"], "expected NAME, NAME@ALIAS or NAME/VERSION"),
+    ],
+)
+def test_a_usage_error_is_one_plain_line(tmp_path: Path, arguments: list[str], words: str) -> None:
+    assert words in fails(*arguments, home=tmp_path, code=2)
+
+
+@pytest.mark.parametrize("arguments", [[], ["config"]])
+def test_without_a_command_it_prints_help(tmp_path: Path, arguments: list[str]) -> None:
+    done = serving(*arguments, home=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "Usage: serving" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models:\n  m:\n    version: @champion\n", 'needs quotes, as in version: "@champion"'),
+        ("models:\n  m:\n", "'models.m' has nothing after it; write its settings, or {}"),
+        ("models:\n", "'models' has nothing after it"),
+        ("gateway:\n", "'gateway' has nothing after it"),
+    ],
+)
+def test_what_everybody_writes_once_has_a_hint(tmp_path: Path, text: str, words: str) -> None:
+    file = config(tmp_path, text)
+    said = fails("up", "-f", file, home=tmp_path, code=2)
+    assert words in said
+    assert str(file) in said
+
+
+def test_a_wrong_alias_ends_up_before_ray_starts(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle")
+    Registry(f"sqlite:///{tmp_path / 'registry.db'}").register("m", tmp_path / "bundle")
+    text = 'models: {m: {version: "@nobody"}}\ngateway: {port: 0}\ncontrol: {port: 0}\n'
+    done = serving("up", "-f", config(tmp_path, text), home=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: model 'm' has no alias @nobody; versions: 1")
+
+
+# A controller that runs.
+
+
+def test_what_runs_on_the_home_is_found_without_a_file(tmp_path: Path) -> None:
+    with admin_api(tmp_path, {"m": {"version": "1"}}) as port:
+        ports = f"gateway: {{port: {free_port()}}}\ncontrol: {{port: {port}}}\nhome: {tmp_path}\n"
+        held = load_config(config(tmp_path, ports))
+        any_port = config(tmp_path, f"control: {{port: 0}}\nhome: {tmp_path}\n")
+        with home.hold(held):
+            for arguments in ([], ["-f", any_port]):
+                done = serving("status", "--json", *arguments, home=tmp_path)
+                assert done.returncode == 0, done.stderr
+                assert [m["name"] for m in json.loads(done.stdout)["models"]] == ["m"]
+            array = tmp_path / "x.npy"
+            np.save(array, np.zeros(3))
+            said = fails("infer", "m", "--input", array, home=tmp_path)
+            assert f"no gateway answers at http://127.0.0.1:{held.gateway.port}" in said
+        said = fails("status", "-f", any_port, home=tmp_path)
+        assert "control.port is 0" in said
+        assert f"none runs on {tmp_path}" in said
+    assert home.running(tmp_path) is None
+
+
+def test_a_file_without_models_stops_nothing_unless_told_to(tmp_path: Path) -> None:
+    file = config(tmp_path, f"home: {tmp_path}\n")
+    with admin_api(tmp_path, {"m": {"version": "1"}, "n": {"version": "2"}}) as port:
+        call = ["apply", "-f", file, "--url", f"http://127.0.0.1:{port}"]
+        said = fails(*call, home=tmp_path, code=2)
+        assert str(file) in said
+        assert "stop all that run: m, n" in said
+        assert "--stop-all" in said
+        status = Admin(f"http://127.0.0.1:{port}").status
+        assert status()["apply"]["id"] == 1
+        dry = serving(*call, "--dry-run", home=tmp_path)
+        assert dry.returncode == 0, dry.stderr
+        assert dry.stdout.count("stop") == 2
+        done = serving(*call, "--stop-all", "--no-wait", home=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert status()["apply"]["id"] == 2
+
+
+def test_up_takes_no_other_deployments_controller_for_its_own(tmp_path: Path) -> None:
+    with admin_api(tmp_path, {}) as port:
+        raw = {"home": str(tmp_path), "control": {"port": port}}
+        settings = parse_config(raw, source="test")
+        admin = Admin(f"http://127.0.0.1:{port}")
+        assert up.is_own(settings, "first", admin)
+        with pytest.raises(ConflictError, match=f"port {port} .* another deployment") as refusal:
+            up.is_own(settings, "mine", admin)
+    assert f"process {os.getpid()}, home {tmp_path}" in str(refusal.value)
+    assert "set control.port" in str(refusal.value)
+    assert not up.is_own(settings, "mine", admin), "nobody answers yet"
 
 
 def test_a_store_that_is_not_one(tmp_path: Path) -> None:
@@ -120,6 +249,9 @@ def test_register_refuses_bad_options_before_it_loads_anything(
 def test_register_refuses_what_is_not_a_model(tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"not a graph")
+    for call in (["no-such.onnx"], [tmp_path], [broken, "--sample", "no-such.npz"]):
+        said = fails("register", "m", *call, home=tmp_path, code=2)
+        assert "does not exist" in said or "is not a file" in said
     done = serving("register", "m", broken, home=tmp_path)
     assert done.returncode == 1
     *progress, last = done.stderr.strip().splitlines()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -76,6 +78,13 @@ def configure(home: Path, text: str = "models: {mlp: {version: '1'}}\n") -> Path
     return file
 
 
+def ray_dir(output: str) -> Path:
+    """Where `serving up` said that its logs are, less what Ray adds."""
+    found = re.search(r"logs in (\S+)", output)
+    assert found, output
+    return Path(found[1]).parents[1]
+
+
 def test_ctrl_c_on_a_terminal_drains_and_stops(home: Path) -> None:
     terminal = Terminal(home, configure(home))
     terminal.wait_for(b"ready: ")
@@ -110,6 +119,7 @@ def test_a_second_ctrl_c_ends_it_at_once(home: Path) -> None:
         terminal.press_ctrl_c()
         assert terminal.wait() == 128 + signal.SIGINT
     assert b"Traceback" not in terminal.output
+    shutil.rmtree(ray_dir(terminal.output.decode()))
 
 
 def test_down_stops_it_and_then_finds_nothing(home: Path) -> None:
@@ -118,6 +128,7 @@ def test_down_stops_it_and_then_finds_nothing(home: Path) -> None:
             done = serving("down", "-f", deployment.file, home=home)
             assert done.returncode == 0, done.stderr
             assert deployment.process.wait(10) == 0
+        assert not ray_dir(deployment.log.read_text()).exists(), "nothing stays in /tmp"
         again = serving("down", "-f", deployment.file, home=home)
         assert again.returncode == 1
         assert "nothing runs" in again.stderr
@@ -134,6 +145,7 @@ def test_a_killed_up_takes_what_serves_with_it(home: Path) -> None:
         assert alive == []
         again = serving("down", "-f", deployment.file, home=home)
         assert again.returncode == 1, "its lock went with it"
+        shutil.rmtree(ray_dir(deployment.log.read_text()), ignore_errors=True)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +163,12 @@ def test_a_model_that_cannot_start_ends_up_with_one_line(
     done = serving("up", "-f", configure(home, models), home=home)
     assert done.returncode == 1
     assert words in done.stderr
+    if "tampered" in models:
+        assert done.stdout == "", "found before Ray is started"
+    else:
+        logs = ray_dir(done.stdout)
+        assert list((logs / "session_latest" / "logs").iterdir()), "they say what went wrong"
+        shutil.rmtree(logs)
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not [p for p in psutil.process_iter(["cmdline"]) if _belongs(p, home)]
 

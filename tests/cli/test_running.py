@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving import telemetry
-from tests.e2e.deployment import Deployment, eventually, free_port, serving
+from tests.e2e.deployment import SERVING, Deployment, eventually, free_port, serving
 from tests.e2e.load import Load
 
 pytestmark = [pytest.mark.cluster]
@@ -100,16 +102,40 @@ def test_infer_takes_every_kind_of_input(
     assert np.sum(output["data"], axis=1) == pytest.approx([1, 1], abs=1e-5)
 
 
+def test_infer_takes_standard_input_and_every_way_to_name_a_version(
+    deployment: Deployment,
+) -> None:
+    for model in ("mlp", "mlp/1", "mlp@champion"):
+        done = subprocess.run(
+            [*SERVING, "infer", model, "--input", "-"],
+            env={**os.environ, "SERVING_HOME": str(deployment.home)},
+            input=json.dumps([[0.5] * 64]),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert (answer["model_version"], answer["outputs"][0]["shape"]) == ("1", [1, 10])
+
+
 def test_infer_says_what_is_wrong(deployment: Deployment, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", y=np.zeros((1, 64), np.float32))
     np.save(tmp_path / "x.npy", np.zeros((1, 63), np.float32))
     good = tmp_path / "good.npy"
     np.save(good, np.zeros((1, 64), np.float32))
+    (tmp_path / "broken.npz").write_bytes(b"not an archive")
+    (tmp_path / "part.json").write_text('{"inputs": [{"name": "x"}]}')
     for arguments, code, words in (
         (["mlp", "--input", tmp_path / "x.npz"], 2, "no input y; its inputs: x"),
         (["mlp", "--input", tmp_path / "x.npy"], 1, "HTTP 400"),
         (["mlp", "--input", tmp_path / "missing.npy"], 2, "cannot be read"),
         (["mlp", "--input", deployment.file], 2, "expected a .npz, .npy or .json"),
+        (["mlp", "--input", tmp_path / "broken.npz"], 2, "broken.npz"),
+        (["mlp", "--input", tmp_path / "part.json"], 2, "must have name, shape and data"),
+        (["mlp", "--input", "-"], 2, "standard input: "),
+        (["mlp@nobody", "--input", good], 1, "no alias @nobody"),
+        (["mlp/2", "--input", good], 1, "served versions: 1"),
         (["nobody", "--input", good], 1, "HTTP 404"),
         (["mlp", "--input", good, "--version", "7"], 1, "HTTP 404"),
     ):
@@ -129,6 +155,7 @@ def test_a_second_up_is_refused(deployment: Deployment, tmp_path: Path) -> None:
     same_port = serving("up", "-f", file, home=tmp_path / "home")
     assert same_port.returncode == 1
     assert f"port {deployment.port}" in same_port.stderr
+    assert f"by another `serving up` (process {deployment.process.pid})" in same_port.stderr
 
 
 def test_doctor_knows_that_the_ports_are_ours(deployment: Deployment) -> None:

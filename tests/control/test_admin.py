@@ -135,7 +135,8 @@ def test_an_unknown_failure_is_opaque(world: World) -> None:
 
 
 def test_routes_are_the_published_table(world: World) -> None:
-    assert ask(world, lambda c: c.get("/v1/routes")).json() == {"revision": 0, "models": []}
+    empty = {"revision": 0, "complete": False, "models": []}
+    assert ask(world, lambda c: c.get("/v1/routes")).json() == empty
 
 
 def test_counters_never_go_back_when_the_controller_restarts(world: World) -> None:

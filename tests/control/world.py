@@ -27,11 +27,15 @@ class Crash(BaseException):
 
 @dataclass
 class FakeCluster:
-    """Applications that become ready when `announce` says so, unless they are `broken`."""
+    """Applications that become ready when `announce` says so.
+
+    Versions that are `broken` fail at their start; those that are `refused` are never started.
+    """
 
     apps: dict[str, AppSpec] = field(default_factory=dict)
     phases: dict[str, Phase] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
     started: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     now: float = 1000.0
@@ -39,11 +43,13 @@ class FakeCluster:
     def observe(self) -> dict[str, AppStatus]:
         return {name: AppStatus(phase, "", 1000.0) for name, phase in self.phases.items()}
 
-    def start(self, apps: Sequence[AppSpec]) -> None:
-        for app in apps:
+    def start(self, apps: Sequence[AppSpec]) -> dict[str, str]:
+        refused = {a.name: "never" for a in apps if a.replica.version in self.refused}
+        for app in (a for a in apps if a.name not in refused):
             assert app.name not in self.phases, f"{app.name} runs already: this would roll it"
             self.apps[app.name], self.phases[app.name] = app, Phase.STARTING
             self.started.append(app.name)
+        return refused
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from serving.core.batching import RequestQueue, ServiceModel
+from serving.core.batching import RequestQueue, ServiceModel, suspect_groups
 
 
 @dataclass(eq=False)
@@ -30,37 +30,50 @@ class Item:
 
 @dataclass
 class Model:
-    """What a queue should hold: lanes in order of arrival, and what was put back."""
+    """What a queue should hold: lanes in order of arrival, what is run again, and suspects."""
 
     lanes: dict[tuple[int, Hashable], list[Item]] = field(default_factory=dict)
     arrival: dict[Item, int] = field(default_factory=dict)
-    again: list[Item] = field(default_factory=list)
+    reruns: list[Item] = field(default_factory=list)
+    groups: list[list[Item]] = field(default_factory=list)
 
     def __iter__(self):
-        yield from self.again
+        yield from self.reruns
+        for group in self.groups:
+            yield from group
         for lane in self.lanes.values():
             yield from lane
 
     def expected_batch(self, max_rows: int, max_items: int) -> list[Item]:
-        if self.again:
-            return [self.again[0]]
+        if self.reruns:
+            return [self.reruns[0]]
         lanes = [lane for lane in self.lanes.values() if lane]
         if not lanes:
             return []
         lane = min(lanes, key=lambda lane: (lane[0].level, self.arrival[lane[0]]))
-        batch: list[Item] = []
-        for item in lane:
-            full = sum(i.rows for i in batch) + item.rows > max_rows or len(batch) >= max_items
-            if batch and full:
-                break
-            batch.append(item)
-        return batch
+        return fitting(lane, max_rows, max_items)
 
     def remove(self, item: Item) -> None:
-        if item in self.again:
-            self.again.remove(item)
-        else:
-            self.lanes[item.level, item.key].remove(item)
+        if item in self.reruns:
+            self.reruns.remove(item)
+            return
+        for group in self.groups:
+            if item in group:
+                group.remove(item)
+                self.groups = [g for g in self.groups if g]
+                return
+        self.lanes[item.level, item.key].remove(item)
+
+
+def fitting(items: list[Item], max_rows: int, max_items: int) -> list[Item]:
+    """The first of these, as many as make a batch."""
+    batch: list[Item] = []
+    for item in items:
+        full = sum(i.rows for i in batch) + item.rows > max_rows or len(batch) >= max_items
+        if batch and full:
+            break
+        batch.append(item)
+    return batch
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -90,10 +103,26 @@ class QueueMachine(RuleBasedStateMachine):
         return item
 
     @rule(target=waiting, item=consumes(taken))
-    def push_again(self, item: Item) -> Item:
-        self.queue.push_again(item)
-        self.model.again.append(item)
+    def push_rerun(self, item: Item) -> Item:
+        self.queue.push_rerun(item)
+        self.model.reruns.append(item)
         return item
+
+    @rule(target=waiting, group=st.lists(consumes(taken), min_size=1, max_size=4))
+    def push_suspects(self, group: list[Item]):
+        self.queue.push_suspects(group)
+        self.model.groups.append(list(group))
+        return multiple(*group)
+
+    @rule(target=taken, max_rows=st.integers(1, 8), max_items=st.integers(1, 4))
+    def take_suspects(self, max_rows: int, max_items: int):
+        groups = self.model.groups
+        expected = fitting(groups[0], max_rows, max_items) if groups else []
+        batch = self.queue.take_suspects(max_rows, max_items)
+        assert batch == expected
+        for item in batch:
+            self.model.remove(item)
+        return multiple(*batch)
 
     @rule(item=consumes(waiting))
     def forget(self, item: Item) -> None:
@@ -105,7 +134,6 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(target=taken, max_rows=st.integers(1, 8), max_items=st.integers(1, 4))
     def take(self, max_rows: int, max_items: int):
         expected = self.model.expected_batch(max_rows, max_items)
-        assert self.queue.again is (self.model.again[0] if self.model.again else None)
         batch = self.queue.take(max_rows, max_items)
         assert batch == expected
         assert len({(item.level, item.key) for item in batch}) <= 1
@@ -120,7 +148,7 @@ class QueueMachine(RuleBasedStateMachine):
             sum(i.rows for i in lane) >= max_rows or len(lane) >= max_items
             for lane in self.model.lanes.values()
         )
-        assert self.queue.ripe(max_rows, max_items) is (bool(self.model.again) or full)
+        assert self.queue.ripe(max_rows, max_items) is (bool(self.model.reruns) or full)
 
     @invariant()
     def holds_what_it_should(self) -> None:
@@ -128,6 +156,9 @@ class QueueMachine(RuleBasedStateMachine):
         assert len(held) == len(set(held))
         assert set(held) == set(self.model)
         assert self.queue.rows == sum(item.rows for item in held)
+        assert self.queue.rerun_rows == sum(item.rows for item in self.model.reruns)
+        assert self.queue.suspect_rows == sum(i.rows for g in self.model.groups for i in g)
+        assert self.queue.singular_runs == len(self.model.reruns) + len(self.model.groups)
         assert bool(self.queue) is bool(held)
 
     @invariant()
@@ -139,7 +170,7 @@ class QueueMachine(RuleBasedStateMachine):
         """Everything left leaves in the end, once."""
         left = set(self.queue)
         seen: list[Item] = []
-        while batch := self.queue.take(4, 4):
+        while batch := self.queue.take(4, 4) or self.queue.take_suspects(4, 4):
             seen += batch
         assert set(seen) == left
         assert len(seen) == len(left)
@@ -184,28 +215,43 @@ def test_a_request_larger_than_a_batch_leaves_alone() -> None:
     assert [queue.take(4, 8), queue.take(4, 8)] == [[large], [small]]
 
 
-def test_what_was_put_back_leaves_first_and_alone() -> None:
+def test_what_is_run_again_leaves_first_and_alone() -> None:
     first, second, urgent = Item(), Item(), Item(level=1)
     queue = queue_of(first, second)
     assert queue.take(8, 8) == [first, second]
     queue.push(urgent)
-    queue.push_again(first)
-    queue.push_again(second)
-    assert queue.again is first
+    queue.push_rerun(first)
+    queue.push_rerun(second)
     assert [queue.take(8, 8) for _ in range(3)] == [[first], [second], [urgent]]
-    assert queue.again is None
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_a_forgotten_item_is_free_at_once(again: bool) -> None:
+def test_suspects_leave_apart_from_all_others() -> None:
+    items = [Item() for _ in range(5)]
+    queue = queue_of(*items)
+    assert queue.take(8, 8) == items
+    queue.push_suspects(items[:3])
+    queue.push_suspects(items[3:])
+    ordinary = Item()
+    queue.push(ordinary)
+    assert [queue.take(8, 8), queue.take(8, 8)] == [[ordinary], []]
+    # A group that has grown too large for a batch leaves in parts.
+    taken = [queue.take_suspects(2, 8) for _ in range(4)]
+    assert taken == [items[:2], [items[2]], items[3:], []]
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "rerun", "suspect"])
+def test_a_forgotten_item_is_free_at_once(kind: str) -> None:
     """Its body may be large, and those before it may wait for long."""
     ahead, item = Item(), Item()
     gone = weakref.ref(item)
     queue = queue_of(ahead, item)
-    if again:
+    if kind != "ordinary":
         assert queue.take(8, 8) == [ahead, item]
-        queue.push_again(ahead)
-        queue.push_again(item)
+    if kind == "rerun":
+        queue.push_rerun(ahead)
+        queue.push_rerun(item)
+    if kind == "suspect":
+        queue.push_suspects([ahead, item])
     queue.forget(item)
     gc.disable()
     try:
@@ -214,6 +260,25 @@ def test_a_forgotten_item_is_free_at_once(again: bool) -> None:
     finally:
         gc.enable()
     assert list(queue) == [ahead]
+
+
+@given(st.integers(1, 5000), st.booleans())
+def test_suspects_are_regrouped_so_that_three_losses_single_one_out(lost: int, again: bool) -> None:
+    batch = [Item() for _ in range(lost)]
+    groups = list(suspect_groups(batch, lost, again=again))
+    assert [item for group in groups for item in group] == batch
+    largest = max(map(len, groups))
+    if again or lost <= 8:
+        assert largest == 1
+    else:
+        # Neither the groups nor the members of a guilty one are many runs.
+        assert largest <= math.sqrt(lost) + 1
+        assert len(groups) <= math.sqrt(lost) + 1
+
+
+def test_the_size_of_a_group_counts_all_that_were_lost() -> None:
+    """A batch of four, lost with another one of sixty: not four groups of one."""
+    assert [len(g) for g in suspect_groups([Item() for _ in range(4)], 64, again=False)] == [4]
 
 
 def test_shapes_that_come_and_go_leave_nothing() -> None:
@@ -296,3 +361,12 @@ def test_draining_a_queue_takes_the_time_of_its_batches(rows: int, max_rows: int
     batches = [max_rows] * (rows // max_rows) + [rows % max_rows]
     expected = sum(0.01 + 0.001 * size for size in batches if size)
     assert model.drain(rows, max_rows) == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.integers(1, 20), st.integers(1, 10))
+def test_separate_runs_cost_their_start_each(runs: int, rows_each: int) -> None:
+    model = ServiceModel()
+    for size in (1, 2, 8, 64):
+        model.observe(size, 0.01 + 0.001 * size)
+    expected = runs * (0.01 + 0.001 * rows_each)
+    assert model.predict(runs * rows_each, runs) == pytest.approx(expected, rel=1e-6)

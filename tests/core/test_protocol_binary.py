@@ -9,7 +9,16 @@ from serving.core.protocol import InferCodec
 from serving.core.tensors import pack_bytes
 from serving.core.types import Batch
 from serving.errors import InvalidRequest
-from tests.core.protocol_cases import MAX_ROWS, assert_fits, binary, body, codec, signature, tensor
+from tests.core.protocol_cases import (
+    LIMITS,
+    MAX_ROWS,
+    assert_fits,
+    binary,
+    body,
+    codec,
+    signature,
+    tensor,
+)
 
 X = ("x", "FP32", (-1, 4))
 ROW = np.array([1, np.nan, np.inf, -0.0], "<f4").tobytes()
@@ -188,3 +197,13 @@ def test_rows_are_bounded_in_binary_too():
     assert f"has {rows} rows; a request may have 1 to {MAX_ROWS}" in refusal(
         codec([X]), raw, length
     )
+
+
+def test_strings_are_fewer_than_numbers_may_be():
+    """Each is looked at by itself: millions would hold everyone up."""
+    most = LIMITS.max_strings
+    taken = codec([("x", "BYTES", (-1, -1))])
+    raw, length = binary(("x", "BYTES", [1, most], bytes(4 * most)))
+    assert taken.decode(raw, length).shapes == ((1, most),)
+    raw, length = binary(("x", "BYTES", [1, most + 1], bytes(4 * most + 4)))
+    assert f"at most {most} elements are allowed" in refusal(taken, raw, length)

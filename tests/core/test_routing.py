@@ -50,9 +50,10 @@ models = st.builds(
     st.lists(arms, max_size=2),
 )
 tables = st.builds(
-    lambda revision, models: RouteTable(revision, {m.name: m for m in models}),
+    lambda revision, models, complete: RouteTable(revision, {m.name: m for m in models}, complete),
     st.integers(0, 2**60),
     st.lists(models, max_size=2),
+    st.booleans(),
 )
 
 

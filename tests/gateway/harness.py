@@ -207,7 +207,11 @@ class Gateway:
         return self.run(lambda: dict(self.batcher(model, version).recorder.outcomes))
 
     def publish(
-        self, *arms: Arm, default: dict[str, str] | None = None, ready: bool = True
+        self,
+        *arms: Arm,
+        default: dict[str, str] | None = None,
+        ready: bool = True,
+        complete: bool = True,
     ) -> None:
         """Put a table of these versions in force; the first of a model is its default."""
         models: dict[str, ModelRoute] = {}
@@ -218,7 +222,7 @@ class Gateway:
                 (default or {}).get(arm.model, route.version),
                 {**route.arms, arm.version: arm},
             )
-        table = RouteTable(next(self._revisions), models)
+        table = RouteTable(next(self._revisions), models, complete)
         self.run(lambda: self.controller.publish(table))
         self.until(lambda: self.server.routes.table.revision == table.revision, "the new table")
         if ready:
@@ -226,7 +230,8 @@ class Gateway:
 
     def _connected(self, arm: Arm) -> bool:
         batcher = self.batcher(arm.model, arm.version)
-        return batcher.replicas_connected == len(arm.endpoints)
+        listed = all(e in batcher.links and batcher.links[e].up for e in arm.endpoints)
+        return listed and batcher.replicas_connected == len(arm.endpoints)
 
 
 def arm(

@@ -44,7 +44,7 @@ MALFORMED = {
     "a negative chunk size": request("Transfer-Encoding: chunked", data=b"-1\r\n"),
     "a chunk size that overflows": request("Transfer-Encoding: chunked", data=b"f" * 20 + b"\r\n"),
     "a chunk longer than it says": request("Transfer-Encoding: chunked", data=b"1\r\nabc\r\n"),
-    "no host in an absolute target": b"GET http:///v2 HTTP/1.1\r\n\r\n",
+    "no host in an absolute target": b"GET http:///v2 HTTP/1.1\r\nHost: a\r\n\r\n",
 }
 
 # What a proxy in front may read as one request and the gateway as two, or the other way round.
@@ -76,6 +76,56 @@ AMBIGUOUS = {
     ),
     "a chunk size in 0x": request("Transfer-Encoding: chunked", data=b"0x0\r\n\r\n" + HIDDEN),
 }
+
+
+HOSTS = {
+    "none": [],
+    "none, absolute target": [],
+    "two": ["Host: a", "Host: b"],
+    "the same twice": ["Host: a", "host: a"],
+    "an empty and another one": ["Host:", "Host: a"],
+    "a path": ["Host: a/b"],
+    "a list": ["Host: a, b"],
+    "a user": ["Host: user@a"],
+    "a port that is no number": ["Host: a:b"],
+    "an open bracket": ["Host: [::1"],
+    "a space": ["Host: a b"],
+    "bytes": ["Host: \xff"],
+}
+
+
+@pytest.mark.parametrize("target", [M, INDEX])
+@pytest.mark.parametrize("case", HOSTS)
+def test_a_request_names_one_host(served: Gateway, case: str, target: str) -> None:
+    """RFC 9112 section 3.2."""
+    if "absolute" in case:
+        target = f"http://gateway{target}"
+    lines = [f"POST {target} HTTP/1.1", "Content-Length: 2", *HOSTS[case], "", "{}"]
+    before = served.outcomes("m").get("success", 0)
+    with served.connect() as client:
+        assert client.ask(infer("m", 1)).status == 200
+        reply = client.send("\r\n".join(lines).encode("latin-1"), HIDDEN).reply()
+        assert reply.status == 400
+        assert "Host" in reply.error
+        assert client.closed()
+    assert served.outcomes("m")["success"] == before + 1
+
+
+def test_hosts_that_are_fine(served: Gateway) -> None:
+    hosts = ["", "a", "a.example:80", "a:", "127.0.0.1:8000", "[::1]:8000", "a_b-c", "%41"]
+    with served.connect() as client:
+        for host in hosts:
+            for target in ("/v2/health/live", "http://other/v2/health/live"):
+                request = f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n"
+                assert client.ask(request.encode()).status == 200
+
+
+@pytest.mark.parametrize(("hosts", "status"), [([], 200), (["Host: a", "Host: b"], 400)])
+def test_http_1_0_needs_no_host(served: Gateway, hosts: list[str], status: int) -> None:
+    with served.connect() as client:
+        lines = ["GET /v2/health/live HTTP/1.0", *hosts, "", ""]
+        assert client.ask("\r\n".join(lines).encode()).status == status
+        assert client.closed()
 
 
 @pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED.keys())

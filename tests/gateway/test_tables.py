@@ -121,8 +121,7 @@ def test_a_replica_that_leaves_finishes_its_batch(gateway: Gateway, new: NewRepl
     batcher = gateway.batcher("m")
     with gateway.connect() as client, gateway.connect() as other:
         holds(gateway, client, first)
-        gateway.publish(arm("m", [second]), ready=False)
-        gateway.until(lambda: batcher.ready)
+        gateway.publish(arm("m", [second]))
         assert other.ask(infer("m", 3)).values == [6, 6]
         assert second.backend.seen == [3]
         assert gateway.run(lambda: len(batcher.links)) == 2
@@ -175,6 +174,63 @@ def test_a_replica_that_comes_back_in_the_turn_in_which_it_drained(
         assert ended.wait(10)
         assert client.ask(infer("m", 2)).values == [4, 4]
         assert link.up
+
+
+def test_replaced_replicas_serve_until_one_of_the_new_is_connected(
+    gateway: Gateway, new: NewReplica
+) -> None:
+    """The moment between the new table and the new connections is nobody's outage."""
+    old, young = new("old"), new("young")
+    young.stop()
+    gateway.publish(arm("m", [old], max_size=4))
+    batcher = gateway.batcher("m")
+    gateway.publish(arm("m", [young], max_size=8), ready=False)
+    with gateway.connect() as client:
+        assert client.ask(get("/v2/health/ready")).status == 200
+        assert client.ask(infer("m", 1)).values == [2, 2]
+        # The old replica still takes batches of its own size only.
+        refused = client.ask(infer("m", *range(5)))
+        assert refused.status == 400
+        assert "1 to 4" in refused.error
+        again = new("young")
+        gateway.until(lambda: list(batcher.links) == [again.endpoint], "the old link is gone")
+        assert client.ask(infer("m", *range(5))).status == 200
+    assert old.backend.seen == [1]
+    assert len(again.backend.seen) == 5
+
+
+def test_a_replaced_replica_that_ends_is_not_reconnected_to(
+    gateway: Gateway, new: NewReplica
+) -> None:
+    old, young = new("old"), new("young")
+    young.stop()
+    gateway.publish(arm("m", [old]))
+    batcher = gateway.batcher("m")
+    gateway.publish(arm("m", [young]), ready=False)
+    assert gateway.run(lambda: batcher.ready)
+    old.stop()
+    gateway.until(lambda: list(batcher.links) == [young.endpoint], "the old link is gone")
+    assert not gateway.run(lambda: batcher.ready)
+    new("old")
+    with gateway.connect() as client:
+        client.send(infer("m", 1))
+        gateway.until(lambda: batcher.queue_depth == 1)
+        again = new("young")
+        assert client.reply().values == [2, 2]
+    assert again.backend.seen == [1]
+
+
+def test_a_replaced_replica_that_is_listed_again_stays(gateway: Gateway, new: NewReplica) -> None:
+    old, young = new("old"), new("young")
+    young.stop()
+    gateway.publish(arm("m", [old]))
+    batcher = gateway.batcher("m")
+    (link,) = gateway.run(lambda: list(batcher.links.values()))
+    gateway.publish(arm("m", [young]), ready=False)
+    gateway.publish(arm("m", [old]))
+    assert gateway.run(lambda: list(batcher.links.values())) == [link]
+    with gateway.connect() as client:
+        assert client.ask(infer("m", 1)).values == [2, 2]
 
 
 def test_a_replica_removed_before_it_was_reached(gateway: Gateway, new: NewReplica) -> None:

@@ -174,6 +174,15 @@ def test_a_model_without_a_replica_is_not_ready(gateway: Gateway, replica: Repli
         assert only["name"] == "n"
 
 
+def test_it_is_not_ready_while_models_are_still_to_come(gateway: Gateway, replica: Replica) -> None:
+    gateway.publish(arm("m", [replica]), complete=False)
+    with gateway.connect() as client:
+        assert client.ask(get("/v2/models/m/ready")).status == 200
+        assert client.ask(get("/v2/health/ready")).status == 503
+        gateway.publish(arm("m", [replica]))
+        assert client.ask(get("/v2/health/ready")).status == 200
+
+
 def test_a_default_version_that_is_not_served_yet(gateway: Gateway, replica: Replica) -> None:
     gateway.publish(arm("m", [replica], version="1"), default={"m": "2"})
     with gateway.connect() as client:

@@ -68,10 +68,11 @@ class Client:
         rows: int | None = None,
         budget_us: int = 0,
         datatypes: tuple[str, ...] = (),
+        flags: int = 0,
     ) -> None:
         self.batch_id += 1
         rows = len(arrays[0]) if rows is None else rows
-        self.sock.sendall(infer_frame(self.batch_id, rows, arrays, budget_us, datatypes))
+        self.sock.sendall(infer_frame(self.batch_id, rows, arrays, budget_us, datatypes, flags))
 
     def read_result(self) -> tuple[list[np.ndarray], tuple[int, ...]]:
         kind, tensors, meta, payload = self.read_frame()
@@ -114,6 +115,7 @@ def infer_frame(
     arrays: tuple[Any, ...],
     budget_us: int = 0,
     datatypes: tuple[str, ...] = (),
+    flags: int = 0,
 ) -> bytes:
     entries, payload = [], b""
     for i, array in enumerate(arrays):
@@ -122,7 +124,7 @@ def infer_frame(
         datatype = datatypes[i] if datatypes else datatype_of(array)
         entries.append(TensorEntry(i, datatype, array.shape, len(raw)))
         payload += raw + frames.padding(len(raw))
-    meta = frames.INFER_HEAD.pack(batch_id, rows, 0, budget_us) + frames.encode_table(entries)
+    meta = frames.INFER_HEAD.pack(batch_id, rows, flags, budget_us) + frames.encode_table(entries)
     return frames.encode_prefix(Kind.INFER, len(entries), len(meta), len(payload)) + meta + payload
 
 

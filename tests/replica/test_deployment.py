@@ -127,6 +127,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     compose.prepare_environment()
     import ray
     from ray import serve
+    from ray._private import ray_constants
+
+    # Read from the environment when ray is imported, and another test may have done that: without
+    # it the node takes the machine's own address, and Serve listens on loopback only.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
 
     # Unix sockets lie in it: pytest's own directories have too long names.
     directory = Path(tempfile.mkdtemp(prefix="sg-"))
@@ -135,6 +141,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     yield started
     serve.shutdown()
     ray.shutdown()
+    patch.undo()
     os.environ.clear()
     os.environ.update(environment)
     for path in directory.rglob("*"):

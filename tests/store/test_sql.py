@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -190,6 +191,18 @@ def test_events_are_read_in_pages(store: Store) -> None:
     assert [e.body["i"] for e in first + rest] == [0, 1, 2, 3, 4]
 
 
+# Digests of versions.
+
+
+def test_the_digest_of_a_version_stays_whatever_is_applied(
+    store: Store, opened: Callable[[], Store]
+) -> None:
+    store.apply({}, [FIRST, CHAMPION], ("apply", {}))
+    store.apply({}, [], ("apply", {}))
+    store.apply({}, [replace(CHAMPION, digest="sha256:other")], ("apply", {}))
+    assert opened().digests() == {("digits", "1"): "sha256:a", ("digits", "2"): "sha256:b"}
+
+
 # Schema.
 
 
@@ -199,6 +212,19 @@ def test_the_migrations_build_the_tables_that_the_code_uses(url: str, store: Sto
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
     engine.dispose()
+
+
+def test_what_an_earlier_version_pinned_is_known(url: str, store: Store) -> None:
+    store.apply({}, [FIRST, CHAMPION], ("apply", {}))
+    store.close()
+    engine = engines.connect(url)
+    with engines.begin(engine, write=True) as connection:
+        connection.exec_driver_sql("DROP TABLE versions")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+    engine.dispose()
+    migrated = open_store(url)
+    assert migrated.digests() == {("digits", "1"): "sha256:a", ("digits", "2"): "sha256:b"}
+    migrated.close()
 
 
 def test_a_store_of_a_newer_version_is_refused_untouched(url: str, store: Store) -> None:

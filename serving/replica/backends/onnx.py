@@ -174,7 +174,7 @@ def _open(model: Path, options: RuntimeOptions) -> tuple[ort.InferenceSession, s
         ort.preload_dlls()
     try:
         session = ort.InferenceSession(
-            str(model), _session_options(options.onnx), providers=_with_options(providers)
+            str(model), session_options(options.onnx), providers=_with_options(providers)
         )
     except Exception as error:
         raise ArtifactError(f"{model}: ONNX Runtime cannot load it: {one_line(error)}") from error
@@ -225,7 +225,8 @@ def _with_options(providers: Sequence[str]) -> list[Any]:
     return [(p, cuda) if p == _PROVIDERS["cuda"] else p for p in providers]
 
 
-def _session_options(settings: Mapping[str, Any]) -> ort.SessionOptions:
+def session_options(settings: Mapping[str, Any]) -> ort.SessionOptions:
+    """What a replica gives its session; `settings` are the fields of `OnnxConfig`."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -1,0 +1,54 @@
+"""A gateway's own judgement of a canary: after a burst of failures it stops sending to it.
+
+The controller needs evidence and a tick for its verdict; this needs neither. It is no verdict: the
+breaker lets a request through again after a while, and the controller is told that it opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+RETRY_S: Final = 5.0
+
+
+class Breaker:
+    """Opens after `limit` failed batches in a row. `opened` is called each time."""
+
+    __slots__ = ("_clock", "_in_a_row", "_limit", "_opened", "_retry_at", "openings")
+
+    def __init__(self, limit: int, clock: Callable[[], float], opened: Callable[[], None]) -> None:
+        self._limit = limit
+        self._clock = clock
+        self._opened = opened
+        self._in_a_row = 0
+        self._retry_at: float | None = None
+        self.openings = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether requests are kept from the canary."""
+        return self._retry_at is not None
+
+    def lets_through(self) -> bool:
+        """Whether a request may go to the canary: every one, or one every `RETRY_S` seconds."""
+        if self._retry_at is None:
+            return True
+        now = self._clock()
+        if now < self._retry_at:
+            return False
+        self._retry_at = now + RETRY_S
+        return True
+
+    def succeeded(self) -> None:
+        """A batch was answered."""
+        self._in_a_row = 0
+        self._retry_at = None
+
+    def failed(self) -> None:
+        """A batch failed."""
+        self._in_a_row += 1
+        if self._in_a_row >= self._limit and self._retry_at is None:
+            self._retry_at = self._clock() + RETRY_S
+            self.openings += 1
+            self._opened()
