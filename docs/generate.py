@@ -1,8 +1,8 @@
 """Writes what can be read off the code: `python docs/generate.py`, or `--check` to compare only.
 
 docs/metrics.md, docs/configuration.md, docs/cli.md and docs/errors.md, the table of modules in
-docs/structure.md, configs/serving.yaml and configs/serving.schema.json. A test runs the check, so
-none of them can fall behind.
+docs/structure.md, the diagram in docs/rollouts.md, configs/serving.yaml and
+configs/serving.schema.json. A test runs the check, so none of them can fall behind.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from serving import errors, telemetry
 from serving.cli.config import schema_document
 from serving.cli.main import app
 from serving.config import ModelConfig, ServingConfig
+from serving.core.rollout_states import EVENT_MEANING, mermaid
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _NOTE: Final = "<!-- Written by docs/generate.py; change the code instead. -->\n"
 _MODULES: Final = "## Modules\n"
+_STATES: Final = "## States\n"
 _YAML_HEAD: Final = """\
 # yaml-language-server: $schema=serving.schema.json
 # Every setting with its default. Written by docs/generate.py; copy what you change.
@@ -38,6 +40,7 @@ _ENVIRONMENT: Final = {
     "SERVING_HOME": "Overrides `home` of the configuration.",
     "SERVING_CONTROL_URL": "The admin API, where neither `--url` nor `-f` is given.",
     "SERVING_URL": "The gateway for `serving infer`, where neither `--url` nor `-f` is given.",
+    "SERVING_ACTOR": "Who the audit log names for a command; default: login name and machine.",
     "SERVING_LOG": "`plain` (default) or `json`.",
     "SERVING_LOG_LEVEL": "`debug`, `info` (default), `warning` or `error`.",
     "SERVING_DEBUG": "Set: an internal error shows its traceback.",
@@ -49,6 +52,7 @@ def documents() -> dict[Path, str]:
     """Every generated file by its path."""
     return {
         ROOT / "docs/structure.md": structure_page(),
+        ROOT / "docs/rollouts.md": rollouts_page(),
         ROOT / "docs/metrics.md": metrics_page(),
         ROOT / "docs/configuration.md": configuration_page(),
         ROOT / "docs/cli.md": cli_page(),
@@ -68,6 +72,14 @@ def structure_page() -> str:
         about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         rows.append(f"| `{path.relative_to(ROOT)}` | {about.splitlines()[0]} |")
     return f"{text}{_MODULES}\n" + "\n".join(rows) + "\n"
+
+
+def rollouts_page() -> str:
+    """The page as it is, with its diagram made anew from the table of states."""
+    text, _, _ = (ROOT / "docs/rollouts.md").read_text(encoding="utf-8").partition(_STATES)
+    events = [f"| `{event}` | {meaning} |" for event, meaning in EVENT_MEANING.items()]
+    rows = ["| event | when |", "|---|---|", *events]
+    return f"{text}{_STATES}\n```mermaid\n{mermaid()}\n```\n\n" + "\n".join(rows) + "\n"
 
 
 def metrics_page() -> str:
@@ -135,6 +147,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(_type(a) for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{a}`" for a in typing.get_args(annotation))
+    if typing.get_origin(annotation) is dict and typing.get_args(annotation)[1] is Any:
+        return "mapping"
     if typing.get_origin(annotation) is dict:
         return f"mapping of name to {_type(typing.get_args(annotation)[1])}"
     if typing.get_origin(annotation) is tuple:
@@ -194,6 +208,8 @@ def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
     if children is None:
         yield path, command
         return
+    if command.invoke_without_command:
+        yield path, command
     for name, child in children.items():
         yield from _commands(child, f"{path} {name}")
 

@@ -18,8 +18,11 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from serving.core.rollout_spec import PLAN_NAMES, RolloutSpec
 from serving.errors import ConfigError
+from serving.rollout_plans import parse_plan, read_plan
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 VERSION_PATTERN = r"^(@[A-Za-z][A-Za-z0-9_-]{0,63}|[1-9][0-9]{0,8})$"
@@ -49,6 +52,24 @@ def _own_resources(value: dict[str, float]) -> dict[str, float]:
 
 
 Resources = Annotated[dict[str, PositiveFloat], AfterValidator(_own_resources)]
+
+
+IMMEDIATE: Final = "immediate"
+"""Instead of a plan: the new version answers as soon as it is ready, unobserved."""
+
+
+def _rollout(value: object) -> object:
+    """A plan is checked where it is written, not when its rollout starts."""
+    if isinstance(value, dict):
+        try:
+            parse_plan(value, source="")
+        except ConfigError as error:
+            raise PydanticCustomError("plan", "{why}", {"why": str(error)}) from error
+    elif value not in (IMMEDIATE, *PLAN_NAMES):
+        names = ", ".join((*PLAN_NAMES, IMMEDIATE))
+        why = f"{value!r} is no plan; allowed: {names}, a path to a .yaml file, or a mapping"
+        raise PydanticCustomError("plan", "{why}", {"why": f": {why}"})
+    return value
 
 
 class _Frozen(BaseModel):
@@ -230,6 +251,16 @@ class ModelConfig(_Frozen):
     usd_per_hour: float | None = Field(
         None, ge=0, description="Price of one replica. Default: unpriced."
     )
+    rollout: Annotated[str | dict[str, Any], BeforeValidator(_rollout)] = Field(
+        PLAN_NAMES[0],
+        description="How another version takes over: `canary`, `blue-green`, `shadow-only`, "
+        "`fast`, `immediate`, the path of a plan, or a mapping of what differs from one.",
+    )
+
+    @property
+    def rollout_plan(self) -> RolloutSpec | None:
+        """The plan of `rollout`; None for `immediate`."""
+        return None if self.rollout == IMMEDIATE else parse_plan(self.rollout, source="rollout")
 
 
 class ServingConfig(_Frozen):
@@ -286,9 +317,31 @@ def load_config(path: Path | None) -> ServingConfig:
             raise ConfigError(
                 f"{path}: expected a mapping at the top level, found {type(raw).__name__}"
             )
+        raw = _with_plans(raw, path.parent)
     if home := os.environ.get("SERVING_HOME"):
         raw = {**raw, "home": home}
     return parse_config(raw, source=str(path) if path else "defaults")
+
+
+def _with_plans(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The file with each plan that it names by path put in its place, relative to the file.
+
+    The configuration goes to other processes and nodes, which do not have the file.
+    """
+    models = raw.get("models")
+    if not isinstance(models, dict):
+        return raw
+    return {**raw, "models": {name: _with_plan(m, directory) for name, m in models.items()}}
+
+
+def _with_plan(model: Any, directory: Path) -> Any:
+    named = model.get("rollout") if isinstance(model, dict) else None
+    if not isinstance(named, str) or Path(named).suffix not in (".yaml", ".yml"):
+        return model
+    path = directory / Path(named).expanduser()
+    plan = read_plan(path)
+    parse_plan(plan, source=str(path))
+    return {**model, "rollout": plan}
 
 
 def parse_config(raw: dict[str, Any], *, source: str) -> ServingConfig:
@@ -303,6 +356,8 @@ def _explain(source: str, error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if part != "[key]") or "(top level)"
     if error["input"] is None and error["type"] in ("model_type", "dict_type"):
         return f"{source}: {where!r} has nothing after it; write its settings, or {{}} for defaults"
+    if error["type"] == "plan":
+        return f"{source}: {where}{error['msg']}"
     if error["type"] == "extra_forbidden":
         allowed = ", ".join(_allowed_keys(error["loc"][:-1]))
         return f"{source}: unknown key {where!r}; allowed here: {allowed}"

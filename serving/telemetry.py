@@ -26,7 +26,8 @@ _VERSION: Final = ("model", "version")
 REQUESTS: Final = Metric(
     "serving_requests",
     "counter",
-    "Inference requests by outcome: success, cancelled, or an error's slug.",
+    "Inference requests by outcome: success, cancelled, shielded (another version answered), or an "
+    "error's slug.",
     (*_VERSION, "outcome"),
 )
 UNROUTED: Final = Metric(
@@ -123,6 +124,64 @@ RECONCILE_ERRORS: Final = Metric(
     "Ticks of the controller that ended in an error and were repeated.",
 )
 
+_ROLLOUT: Final = ("model", "rollout")
+ROLLOUT_STATE: Final = Metric(
+    "serving_rollout_state",
+    "gauge",
+    "1 for the state that a rollout is in. Rollouts that are not over, and those that keep the "
+    "previous version warm.",
+    (*_ROLLOUT, "stable", "canary", "state"),
+)
+ROLLOUT_WEIGHT: Final = Metric(
+    "serving_rollout_weight", "gauge", "The canary's share of requests, 0 to 1.", _ROLLOUT
+)
+ROLLOUT_EVIDENCE: Final = Metric(
+    "serving_rollout_evidence",
+    "gauge",
+    "Evidence against the canary by trigger, as a power of ten.",
+    (*_ROLLOUT, "trigger"),
+)
+ROLLOUT_THRESHOLD: Final = Metric(
+    "serving_rollout_evidence_threshold",
+    "gauge",
+    "The evidence at which a trigger takes the canary back or pauses, as a power of ten.",
+    (*_ROLLOUT, "trigger"),
+)
+ROLLOUT_VERDICT: Final = Metric(
+    "serving_rollout_verdict",
+    "gauge",
+    "1 for the verdict of each trigger: pass, hold, unknown or fail.",
+    (*_ROLLOUT, "trigger", "verdict"),
+)
+ROLLOUT_REQUESTS: Final = Metric(
+    "serving_rollout_requests",
+    "counter",
+    "Analysed requests by arm and outcome: answered or failed. Beside them, under arm canary: "
+    "shielded (answered by stable), overridden (by header) and diverted (canary not ready).",
+    (*_ROLLOUT, "arm", "outcome"),
+)
+ROLLOUT_PAIRS: Final = Metric(
+    "serving_rollout_shadow_pairs",
+    "counter",
+    "Copies of requests by what came of them: agreed, disagreed or dropped.",
+    (*_ROLLOUT, "outcome"),
+)
+ROLLOUT_LABELS: Final = Metric(
+    "serving_rollout_labels",
+    "counter",
+    "Labels that were joined to an answer, by arm and whether the answer was right or wrong.",
+    (*_ROLLOUT, "arm", "outcome"),
+)
+ROLLOUT_ACCURACY: Final = Metric(
+    "serving_rollout_accuracy",
+    "gauge",
+    "The share of labelled answers that were right, by arm.",
+    (*_ROLLOUT, "arm"),
+)
+FEEDBACK_PENDING: Final = Metric(
+    "serving_feedback_pending", "gauge", "Labels that no gateway has joined to an answer yet."
+)
+
 METRICS: Final = (
     REQUESTS,
     UNROUTED,
@@ -146,6 +205,16 @@ METRICS: Final = (
     CONTROLLER_START,
     CONTROLLER_RSS,
     RECONCILE_ERRORS,
+    ROLLOUT_STATE,
+    ROLLOUT_WEIGHT,
+    ROLLOUT_EVIDENCE,
+    ROLLOUT_THRESHOLD,
+    ROLLOUT_VERDICT,
+    ROLLOUT_REQUESTS,
+    ROLLOUT_PAIRS,
+    ROLLOUT_LABELS,
+    ROLLOUT_ACCURACY,
+    FEEDBACK_PENDING,
 )
 
 

@@ -56,6 +56,8 @@ def ray_serve() -> ModuleType:
     with pytest.MonkeyPatch.context() as environment:
         environment.setattr(os, "environ", os.environ.copy())
         compose.prepare_environment()
+        # Read once, at the first import, and other tests of this process start whole clusters.
+        del os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
         from ray import serve
     return serve
 

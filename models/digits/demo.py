@@ -1,4 +1,4 @@
-"""The whole way in one command: train, register, serve, post real digits, show what came back.
+"""The whole way in one command: train, register, serve, ship a better version, catch a bad one.
 
     python -m models.digits.demo        (or `make demo`)
 
@@ -8,8 +8,6 @@ State lives in a temporary directory; when it ends, nothing runs and nothing is 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import os
 import signal
 import subprocess
@@ -17,15 +15,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import cycle, islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import urlsplit
+from typing import Final
 
-import numpy as np
 import psutil
 import yaml
 from rich import box
@@ -34,7 +27,8 @@ from rich.status import Status
 from rich.table import Table
 
 from models.digits import train
-from models.digits.data import DATASET_NAME, DATASET_URI, Images, Labels, load_digits
+from models.digits.data import DATASET_NAME, DATASET_URI, Digits, load_digits
+from models.digits.traffic import Traffic
 from models.processes import session
 from serving.artifacts import EXPORT_PLATFORM, ONNX_PLATFORM
 from serving.cli.client import Admin
@@ -45,21 +39,16 @@ from serving.errors import ClusterError, OperatorError
 MODEL: Final = "digits"
 CONFIG: Final = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 _RUNTIMES: Final = {ONNX_PLATFORM: "onnx", EXPORT_PLATFORM: "torch"}
-_PASSES: Final = 4  # over the held-out digits, to each version
-_CLIENTS: Final = 8  # connections to each version, so that batches form
 _READY_S: Final = 150.0
 _STOP_S: Final = 45.0
-_REPORT_S: Final = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What the clients saw of one version."""
-
-    version: str
-    requests: int
-    correct: int
-    failures: tuple[str, ...]
+_ROLLOUT_S: Final = 150.0
+_ENDED: Final = frozenset({"succeeded", "rolled_back", "rollback_failed"})
+# Version, alias, what it is, and how it is trained.
+_VERSIONS: Final = (
+    ("champion", "softmax regression", train.train_softmax),
+    ("challenger", "CNN", train.train_cnn),
+    ("mistake", "softmax regression on wrong labels", train.train_mislabelled),
+)
 
 
 def main() -> int:
@@ -103,68 +92,80 @@ class _Steps:
         self._console.print(f"✓ {text} ({now - self._since:.0f} s)")
         self._since = now
 
+    def say(self, text: str) -> None:
+        """A detail of the last step."""
+        self._console.print(text)
+
 
 def _run(directory: Path, steps: _Steps) -> tuple[Table, list[str]]:
-    home = directory / "home"
-    os.environ["SERVING_HOME"] = str(home)
+    os.environ["SERVING_HOME"] = str(directory / "home")
     digits = load_digits()
     _train_and_register(directory, digits, steps)
     config = _config_with_free_ports(directory)
     steps.now("starting the gateway")
-    with _gateway(config, directory / "gateway.log", steps) as (inference, admin):
-        steps.done(f"gateway ready at {inference}")
-        count = _PASSES * len(digits.test_images)
-        steps.now(f"posting {count} held-out digits to each version")
-        versions = ("1", "2")
-        with ThreadPoolExecutor(len(versions)) as pool:
-            served = list(
-                pool.map(
-                    lambda v: _post_all(inference, v, digits.test_images, digits.test_labels),
-                    versions,
-                )
-            )
-        steps.done(f"{sum(s.requests for s in served)} digits classified over HTTP")
-        reported = _reported(Admin(admin), served)
+    with _gateway(config, directory / "gateway.log", steps) as (inference, url):
+        steps.done(f"version 1 serves at {inference}")
+        admin = Admin(url)
+        with Traffic(inference, url, MODEL, digits.test_images, digits.test_labels) as traffic:
+            failures = _roll_out(admin, "2", "succeeded", steps)
+            failures += _roll_out(admin, "3", "rolled_back", steps)
+        table = _table(admin, traffic)
         steps.now("stopping the gateway")
     steps.done("gateway stopped")
-    return _table(served, reported), [failure for s in served for failure in s.failures]
+    return table, failures + traffic.failures
 
 
-def _train_and_register(directory: Path, digits: Any, steps: _Steps) -> None:
-    """Version 1 (ONNX, @baseline) and version 2 (Torch, @champion), with what is known of them."""
+def _train_and_register(directory: Path, digits: Digits, steps: _Steps) -> None:
+    """Three versions, with what is known of them. The third is a mistake."""
     from serving.registry.mlflow import Registry
     from serving.replica.inspect import inspect_in_child
 
     config = load_config(CONFIG)
     config.home_dir.mkdir(parents=True, exist_ok=True)
     registry = Registry(config.registry_uri)
-    dataset = (DATASET_NAME, DATASET_URI, digits.digest)
-    for number, alias, what in ((1, "baseline", "softmax"), (2, "champion", "CNN")):
+    for number, (alias, what, train_it) in enumerate(_VERSIONS, start=1):
         work = directory / f"v{number}"
         work.mkdir()
         steps.now(f"training version {number} ({what})")
-        trained = (
-            train.train_softmax(digits, work)
-            if number == 1
-            else train.train_cnn(
-                digits, work, lambda text: steps.now(f"training version 2: {text}")
-            )
-        )
-        steps.done(
-            f"version {number} trained: {what}, {trained.metrics['accuracy']:.1%} on held-out data"
-        )
-        steps.now(f"registering version {number}")
+        trained = train_it(digits, work)
         bundle = directory / f"bundle{number}"
         inspect_in_child(trained.path, bundle, sample=trained.sample)
         version = registry.register(
             MODEL,
             bundle,
             metrics=trained.metrics,
-            dataset=dataset,
+            dataset=(DATASET_NAME, DATASET_URI, digits.digest),
             training_time=(trained.started_ms, trained.ended_ms),
             alias=alias,
         )
-        steps.done(f"version {version.version} registered as @{alias}, {version.digest[:19]}…")
+        steps.done(
+            f"version {version.version} trained and registered as @{alias}: {what}, "
+            f"{trained.metrics['accuracy']:.1%} on held-out data, {version.digest[:19]}…"
+        )
+
+
+def _roll_out(admin: Admin, version: str, wanted: str, steps: _Steps) -> list[str]:
+    """Ship a version under live traffic and tell its story; gives what went wrong."""
+    started = admin.start_rollout(
+        {"model": MODEL, "to": version, "actor": "demo", "reason": "a newer version"}
+    )
+    rollout, told = started, ""
+    deadline = time.monotonic() + _ROLLOUT_S
+    while rollout["state"] not in _ENDED and time.monotonic() < deadline:
+        steps.now(f"version {version}: {rollout['next']}")
+        chapter = f"{rollout['state'].replace('_', ' ')} at {rollout['weight']:.0%} of traffic"
+        if chapter != told and told:
+            steps.done(f"version {version}: {told}")
+        told = chapter
+        time.sleep(0.2)
+        rollout = admin.rollout(started["id"])
+    steps.done(f"version {version}: {rollout['state'].replace('_', ' ')}: {rollout['reason']}")
+    for verdict in rollout["verdicts"]:
+        if verdict["verdict"] == "fail" or wanted == "succeeded" == verdict["verdict"]:
+            steps.say(f"    {verdict['sentence']}")
+    if rollout["state"] == wanted:
+        return []
+    return [f"version {version}: {rollout['state']}, expected {wanted}: {rollout['reason']}"]
 
 
 def _config_with_free_ports(directory: Path) -> Path:
@@ -249,59 +250,8 @@ def _stop(process: subprocess.Popen[str]) -> None:
         raise ClusterError(f"the gateway left {len(left)} processes behind; killed")
 
 
-def _post_all(url: str, version: str, images: Images, labels: Labels) -> Served:
-    """Every image `_PASSES` times over `_CLIENTS` connections, one image a request."""
-    work = list(islice(cycle(zip(images, labels, strict=True)), _PASSES * len(images)))
-    with ThreadPoolExecutor(_CLIENTS) as pool:
-        parts = pool.map(
-            lambda share: _post_share(url, version, share),
-            [work[i::_CLIENTS] for i in range(_CLIENTS)],
-        )
-        answers = [answer for part in parts for answer in part]
-    failures = tuple(a for a in answers if isinstance(a, str))
-    return Served(version, len(answers), sum(a is True for a in answers), failures)
-
-
-def _post_share(url: str, version: str, share: Sequence[tuple[Any, Any]]) -> list[bool | str]:
-    """Each answer: whether the most probable class is the label, or what went wrong."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
-    path = f"/v2/models/{MODEL}/versions/{version}/infer"
-    answers: list[bool | str] = []
-    with contextlib.closing(connection):
-        for image, label in share:
-            tensor = {"name": train.INPUT, "shape": [1, image.size], "datatype": "FP32"}
-            body = json.dumps({"inputs": [{**tensor, "data": image.tolist()}]})
-            try:
-                connection.request("POST", path, body, {"Content-Type": "application/json"})
-                reply = connection.getresponse()
-                text = reply.read()
-            except OSError as error:
-                answers.append(f"version {version}: {error}")
-                connection.close()
-                continue
-            if reply.status != http.client.OK:
-                answers.append(f"version {version}: HTTP {reply.status} {text.decode()[:200]}")
-                continue
-            probabilities = json.loads(text)["outputs"][0]["data"]
-            answers.append(bool(np.argmax(probabilities) == label))
-    return answers
-
-
-def _reported(admin: Admin, served: Sequence[Served]) -> dict[str, dict[str, Any]]:
-    """The versions as the controller knows them, once the gateway's last report has arrived."""
-    deadline = time.monotonic() + _REPORT_S
-    while True:
-        model = next(m for m in admin.status()["models"] if m["name"] == MODEL)
-        versions: dict[str, dict[str, Any]] = {v["version"]: v for v in model["versions"]}
-        if all(versions[s.version]["requests"] >= s.requests for s in served):
-            return versions
-        if time.monotonic() > deadline:
-            counted = {s.version: versions[s.version]["requests"] for s in served}
-            raise ClusterError(f"the controller counts too few requests: {counted}")
-        time.sleep(0.2)
-
-
-def _table(served: Sequence[Served], reported: dict[str, dict[str, Any]]) -> Table:
+def _table(admin: Admin, traffic: Traffic) -> Table:
+    """What clients saw of each version that answered them, and how the gateway measured it."""
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -312,15 +262,17 @@ def _table(served: Sequence[Served], reported: dict[str, dict[str, Any]]) -> Tab
         table.add_column(name)
     for name in ("requests", "accuracy", "p50 ms", "p99 ms", "batch"):
         table.add_column(name, justify="right")
-    for s in served:
-        info = reported[s.version]
+    model = next(m for m in admin.status()["models"] if m["name"] == MODEL)
+    known = {v["version"]: v for v in model["versions"]}
+    for version, answers in sorted(traffic.answers.items()):
+        info = known[version]
         table.add_row(
-            s.version,
+            version,
             info["digest"].removeprefix("sha256:")[:8],
             _RUNTIMES.get(info["platform"], info["platform"]),
             info["device"],
-            f"{s.requests:,}",
-            f"{s.correct / s.requests:.1%}",
+            f"{answers:,}",
+            f"{traffic.right[version] / answers:.1%}",
             f"{info['p50_s'] * 1e3:.2f}",
             f"{info['p99_s'] * 1e3:.2f}",
             f"{info['mean_batch']:.2f}",

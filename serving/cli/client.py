@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
+import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any, Final
+from urllib.parse import quote, urlencode
 
 from serving import errors
 from serving.errors import ClusterError, OperatorError
@@ -28,10 +32,49 @@ class Admin:
         """What runs. Raises `OperatorError`."""
         return self._call("/v1/status")
 
-    def apply(self, config: dict[str, Any], *, dry_run: bool) -> dict[str, Any]:
+    def apply(self, config: dict[str, Any], *, dry_run: bool, reason: str = "") -> dict[str, Any]:
         """Send a configuration; the plan. Raises `OperatorError`."""
-        body = {"config": config, "dry_run": dry_run}
+        body = {"config": config, "dry_run": dry_run, "actor": actor(), "reason": reason}
         return self._call("/v1/apply", body, timeout_s=_APPLY_TIMEOUT_S)
+
+    def rollouts(
+        self, model: str | None = None, *, active: bool | None = None
+    ) -> list[dict[str, Any]]:
+        """Rollouts, newest first; of one model, or only those that run. Raises `OperatorError`."""
+        wanted = {"model": model, "active": None if active is None else str(active).lower()}
+        found: list[dict[str, Any]] = self._call("/v1/rollouts" + _query(wanted))["rollouts"]
+        return found
+
+    def rollout(self, name: str) -> dict[str, Any]:
+        """The rollout of an id, or the latest of a model. Raises `OperatorError`."""
+        return self._call(f"/v1/rollouts/{quote(name, safe='')}")
+
+    def start_rollout(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Start a rollout. Raises `OperatorError`."""
+        return self._call("/v1/rollouts", request, timeout_s=_APPLY_TIMEOUT_S)
+
+    def plan_rollout(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What a rollout would do; nothing changes. Raises `OperatorError`."""
+        return self._call("/v1/rollouts/plan", request, timeout_s=_APPLY_TIMEOUT_S)
+
+    def command_rollout(self, name: str, command: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Pause, resume, promote, approve, abort or rollback. Raises `OperatorError`."""
+        return self._call(f"/v1/rollouts/{quote(name, safe='')}/{command}", body)
+
+    def audit(
+        self, *, after: int | None = None, limit: int | None = None, subject: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Entries of the audit log, oldest first: those after `after`, else the last.
+
+        Raises `OperatorError`.
+        """
+        wanted = {"after": after, "limit": limit, "subject": subject}
+        found: list[dict[str, Any]] = self._call("/v1/audit" + _query(wanted))["entries"]
+        return found
+
+    def verify_audit(self) -> dict[str, Any]:
+        """Check every link of the audit log. Raises `OperatorError` naming the first broken one."""
+        return self._call("/v1/audit/verify")
 
     def wait_converged(self, apply_id: int, progress: Callable[[dict[str, Any]], None]) -> None:
         """Follow an apply to its end.
@@ -80,6 +123,22 @@ class Admin:
         if not isinstance(parsed, dict):
             raise ClusterError(f"{self.url}{path} answered something that is not a JSON object")
         return parsed
+
+
+def actor() -> str:
+    """Who gives a command: $SERVING_ACTOR, else the login name and this machine's."""
+    if named := os.environ.get("SERVING_ACTOR"):
+        return named
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in containers
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
+
+
+def _query(wanted: dict[str, Any]) -> str:
+    given = {key: value for key, value in wanted.items() if value is not None}
+    return "?" + urlencode(given) if given else ""
 
 
 def failures(status: dict[str, Any]) -> str:

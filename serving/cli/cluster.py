@@ -17,6 +17,7 @@ Url = Annotated[
         "--url", help="Admin API; default: what runs on the home, else its configured port."
     ),
 ]
+Reason = Annotated[str, typer.Option(help="Why; goes into the audit log.")]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -52,6 +53,7 @@ def apply(
     stop_all: Annotated[
         bool, typer.Option("--stop-all", help="Allow a file without models to stop all that run.")
     ] = False,
+    reason: Reason = "",
 ) -> None:
     """Resolve aliases, print the plan, then make what runs equal to the file."""
     from serving.cli.client import Admin
@@ -65,11 +67,24 @@ def apply(
     raw = config.model_dump(mode="json")
     if not config.models and not (dry_run or stop_all):
         _refuse_to_stop_all(file, admin.apply(raw, dry_run=True))
-    plan = admin.apply(raw, dry_run=dry_run)
+    plan = admin.apply(raw, dry_run=dry_run, reason=reason)
     show_view(plan_table(plan))
     if not dry_run and wait:
         admin.wait_converged(plan["apply"], Progress())
         typer.echo("done")
+    for line in _rollouts(plan, dry_run=dry_run):
+        typer.echo(line)
+
+
+def _rollouts(plan: dict[str, Any], *, dry_run: bool) -> list[str]:
+    """A line for each change that is a rollout of its own."""
+    verb = "would start" if dry_run else "starts"
+    return [
+        f"{row['model']}: this {verb} a rollout to version {row['version']}; "
+        f"watch it: serving rollout watch {row['model']}"
+        for row in plan["changes"]
+        if row["change"] == "rollout"
+    ]
 
 
 def _refuse_to_stop_all(file: Path, plan: dict[str, Any]) -> None:

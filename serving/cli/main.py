@@ -8,7 +8,7 @@ from typing import Final
 
 import typer
 
-from serving.cli import cluster, config, doctor, infer, models
+from serving.cli import audit, cluster, config, doctor, infer, models, rollout
 from serving.errors import OperatorError
 
 INTERRUPTED: Final = 130
@@ -25,6 +25,8 @@ app = typer.Typer(
 cluster.add_commands(app)
 models.add_commands(app)
 infer.add_commands(app)
+rollout.add_commands(app)
+audit.add_commands(app)
 doctor.add_commands(app)
 config.add_commands(app)
 

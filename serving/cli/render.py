@@ -46,7 +46,7 @@ def plan_table(plan: dict[str, Any]) -> RenderableType:
     """What an apply starts, stops and leaves alone."""
     if not plan["changes"]:
         return Text("nothing runs, nothing is asked for")
-    table = _table("change", "model", "version", "default", "digest", "why")
+    table = grid("change", "model", "version", "default", "digest", "why")
     for row in plan["changes"]:
         default = "yes" if row["default"] else ""
         table.add_row(
@@ -55,7 +55,7 @@ def plan_table(plan: dict[str, Any]) -> RenderableType:
             row["version"],
             default,
             short(row["digest"]),
-            row["reason"],
+            Text(row["reason"]),
         )
     return table
 
@@ -72,7 +72,7 @@ def status_view(status: dict[str, Any]) -> RenderableType:
 
 
 def _replicas_table(versions: list[tuple[dict[str, Any], dict[str, Any]]]) -> RenderableType:
-    table = _table("model", "version", "state", "ready", "digest", "runtime", "device")
+    table = grid("model", "version", "state", "ready", "digest", "runtime", "device")
     for model, v in versions:
         default = " (default)" if v["version"] == model["version"] else ""
         table.add_row(
@@ -89,7 +89,7 @@ def _replicas_table(versions: list[tuple[dict[str, Any], dict[str, Any]]]) -> Re
 
 def _traffic_table(versions: list[tuple[dict[str, Any], dict[str, Any]]]) -> RenderableType:
     numbers = ("requests", "errors", "queue", "in flight", "batch", "p50 ms", "p99 ms")
-    table = _table("model", "version", numbers=numbers)
+    table = grid("model", "version", numbers=numbers)
     for model, v in versions:
         table.add_row(
             model["name"],
@@ -130,7 +130,8 @@ def _places(status: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
+def grid(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """An empty table; `numbers` are columns to the right, aligned there."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -141,7 +142,7 @@ def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
 
 def registry_table(versions: list[dict[str, Any]]) -> RenderableType:
     """Registered versions, one a line."""
-    table = _table("model", "version", "aliases", "platform", "digest", "metrics", "created")
+    table = grid("model", "version", "aliases", "platform", "digest", "metrics", "created")
     for v in versions:
         metrics = ", ".join(f"{key}={value:g}" for key, value in sorted(v["metrics"].items()))
         aliases = " ".join(f"@{alias}" for alias in v["aliases"])

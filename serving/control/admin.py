@@ -4,7 +4,8 @@ GET  /healthz      200 while the reconcile loop runs
 GET  /metrics      Prometheus text format
 GET  /v1/status    what runs
 GET  /v1/routes    the published route table
-POST /v1/apply     {"config": {...}, "dry_run": bool} → the plan
+POST /v1/apply     {"config": {...}, "dry_run": bool, "actor", "reason"} → the plan
+/v1/rollouts, /v1/audit, /v1/feedback: see `serving.control.admin_rollouts`
 
 An error is {"error": sentence, "slug": slug} with the error's HTTP status.
 """
@@ -12,7 +13,6 @@ An error is {"error": sentence, "slug": slug} with the error's HTTP status.
 from __future__ import annotations
 
 import ipaddress
-import json
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
@@ -22,19 +22,20 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.control import metrics
+from serving.control.admin_rollouts import rollout_routes
+from serving.control.bodies import check_keys, json_object, who
 from serving.control.controller import Controller
 from serving.control.status import status
 from serving.errors import InvalidRequest, ServingError, Unavailable
 
 log = logging.getLogger(__name__)
 
-MAX_BODY: Final = 1 << 20
 _SLUGS: Final = {404: "not_found", 405: "method_not_allowed"}
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -61,14 +62,12 @@ def create_app(controller: Controller, *, host: str, ray_version: str) -> Starle
         return JSONResponse(dict(controller.board.plain))
 
     async def post_apply(request: Request) -> Response:
-        body = await _json_object(request)
+        body = await json_object(request)
+        check_keys(body, {"config", "dry_run", "actor", "reason"})
         config, dry_run = body.get("config"), body.get("dry_run", False)
-        if body.keys() - {"config", "dry_run"}:
-            unknown = ", ".join(sorted(body.keys() - {"config", "dry_run"}))
-            raise InvalidRequest(f"unknown key {unknown}; allowed: config, dry_run")
         if not isinstance(config, dict) or not isinstance(dry_run, bool):
             raise InvalidRequest('expected {"config": {…}, "dry_run": true or false}')
-        return JSONResponse(await controller.apply(config, dry_run=dry_run))
+        return JSONResponse(await controller.apply(config, dry_run=dry_run, **who(body)))
 
     routes = [
         Route("/healthz", healthz),
@@ -76,6 +75,7 @@ def create_app(controller: Controller, *, host: str, ray_version: str) -> Starle
         Route("/v1/status", get_status),
         Route("/v1/routes", get_routes),
         Route("/v1/apply", post_apply, methods=["POST"]),
+        *rollout_routes(controller),
     ]
     guard = [Middleware(_LoopbackHostOnly)] if _is_loopback(host) else []
     handlers: dict[Any, Any] = {
@@ -84,27 +84,6 @@ def create_app(controller: Controller, *, host: str, ray_version: str) -> Starle
         Exception: _unknown_error,
     }
     return Starlette(routes=routes, middleware=guard, exception_handlers=handlers)
-
-
-async def _json_object(request: Request) -> dict[str, Any]:
-    # A web page of any origin may post text or a form; JSON only after the browser has asked us.
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise InvalidRequest("expected content-type: application/json")
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY:
-                raise InvalidRequest(f"the body exceeds {MAX_BODY} bytes")
-    except ClientDisconnect as error:
-        raise InvalidRequest("the client went away") from error
-    try:
-        parsed = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise InvalidRequest("the body is not a JSON object")
-    return parsed
 
 
 async def _operator_error(_: Request, error: Exception) -> Response:

@@ -5,24 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from serving import artifacts
-from serving.config import ServingConfig, parse_config
+from serving.config import ServingConfig
 from serving.control.board import RouteBoard
+from serving.control.feedback import Feedback
 from serving.control.fleet import Fleet
-from serving.control.layout import Pins, build_layout, check_fixed_settings, references
+from serving.control.observe import Observer
+from serving.control.operations import Operations
 from serving.control.reconcile import Blocking, Clock, Reconciler
-from serving.control.state import Cluster, Resolver, State
+from serving.control.records import Record
+from serving.control.rollout_views import listed
+from serving.control.rollouts import Rollouts
+from serving.control.state import Cluster, NoProviders, Providers, Resolver, State
 from serving.control.totals import BASE, Totals
-from serving.core.plan import compare
 from serving.core.routing import RouteTable
-from serving.errors import ArtifactError, ClusterError, OperatorError, RegistryError, ServingError
-from serving.store.sql import PinRow, Store
+from serving.errors import ArtifactError, ClusterError, OperatorError, ServingError
+from serving.store.sql import Store
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +36,8 @@ REANNOUNCE_WAIT_S: Final = 6.0
 CLUSTER_TIMEOUT_S: Final = 10.0
 REPORT_WAIT_TICKS: Final = 4
 IDLE_OBSERVE_TICKS: Final = 5
+FAREWELL_S: Final = 2.0
+"""At the end, how long webhooks may take to be told what they were not yet."""
 MAX_CHUNK: Final = 4 << 20
 
 
@@ -50,42 +57,46 @@ class Controller:
         cluster: Cluster,
         resolver: Resolver,
         clock: Clock,
+        providers: Callable[[Callable[[], int]], Providers] = lambda _: NoProviders(),
         listen_tcp: bool = False,
     ) -> None:
+        """`providers` makes those that rollouts ask, from what tells the table's revision."""
         self.config = config
         self.deployment = deployment
         self.clock = clock
         self.errors = 0
-        self.last_error = ""
+        self._problems: dict[str, str] = {}
+        self.feedback = Feedback()
         self._store, self._cluster, self._resolver = store, cluster, resolver
+        self._new_providers = providers
         self._listen_tcp = listen_tcp
         self._in_store, self._in_registry = _thread("store"), _thread("registry")
         self._in_cluster = _thread("cluster", timeout_s=CLUSTER_TIMEOUT_S)
         self._wake = asyncio.Event()
-        self._apply_lock = asyncio.Lock()
-        self._step_lock = asyncio.Lock()
-        self._loop_task: asyncio.Task[None] | None = None
+        self._look_now = asyncio.Event()
+        self._flushing = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
         self.started_at = clock.unix()
         self._awaited: set[str] = set()
         self._started = clock.monotonic()
         self._resumed = False
 
     async def start(self) -> None:
-        """Load what was saved and start the loop. Raises `StoreError`."""
+        """Load what was saved and start the loops. Raises `StoreError`."""
         await self.load()
-        self._loop_task = asyncio.create_task(self._loop(), name="reconcile")
+        self._tasks = [
+            asyncio.create_task(self._loop(), name="reconcile"),
+            asyncio.create_task(self._watch_loop(), name="rollouts"),
+        ]
 
     async def load(self) -> None:
         """Take up what was saved. Raises `StoreError`."""
         stored = await self._in_store(self._store.desired)
-        state = State.from_dict(stored) if stored else State()
+        before = State.from_dict(stored) if stored else State()
+        fresh = before.deployment != self.deployment
         table = RouteTable(complete=False)
         saved_table = await self._in_store(self._store.route_table)
-        if state.deployment != self.deployment:
-            # Another `serving up` left this: nothing of it runs. Its counters stay.
-            state = State(deployment=self.deployment, apply_id=state.apply_id)
-            await self._in_store(self._store.save_desired, state.to_dict())
-        else:
+        if not fresh:
             self._resumed = stored is not None
             if saved_table is not None:
                 table = RouteTable.from_dict(saved_table)
@@ -96,20 +107,39 @@ class Controller:
             e.replica for m in table.models.values() for a in m.arms.values() for e in a.endpoints
         }
         self.reconciler = Reconciler(
-            state, self.board, self.fleet, self.totals,
+            State() if fresh else before, self.board, self.fleet, self.totals,
             store=self._store, in_store=self._in_store,
             cluster=self._cluster, in_cluster=self._in_cluster,
             clock=self.clock, tick_s=self.config.control.tick_s,
             drain_s=self.config.gateway.drain_s,
         )  # fmt: skip
+        self._providers = self._new_providers(lambda: self.board.revision)
+        observer = Observer(
+            self.reconciler, self.fleet, self.totals, self.clock, self.config.control.tick_s
+        )
+        self.rollouts = Rollouts(
+            self.reconciler, observer,
+            store=self._store, in_store=self._in_store, clock=self.clock, providers=self._providers,
+        )  # fmt: skip
+        self.operations = Operations(
+            self.config, self.reconciler, self.rollouts,
+            store=self._store, in_store=self._in_store,
+            resolver=self._resolver, in_registry=self._in_registry,
+            clock=self.clock, listen_tcp=self._listen_tcp,
+        )  # fmt: skip
+        # Another `serving up` left this: nothing of it runs. Its counters stay.
+        blank = State(deployment=self.deployment, apply_id=before.apply_id) if fresh else None
+        await self.rollouts.load(blank)
 
     async def stop(self) -> None:
-        """End the loop and write what is unsaved."""
-        if self._loop_task is not None:
-            self._loop_task.cancel()
+        """End the loops and write what is unsaved."""
+        for task in self._tasks:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._loop_task
+                await task
+        if self._tasks:
             await self._flush()
+            await asyncio.to_thread(self._providers.close, FAREWELL_S)
 
     @property
     def state(self) -> State:
@@ -118,8 +148,8 @@ class Controller:
 
     @property
     def alive(self) -> bool:
-        """Whether the reconcile loop runs."""
-        return self._loop_task is not None and not self._loop_task.done()
+        """Whether the loops run."""
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
 
     # What replicas and gateways call.
 
@@ -127,6 +157,7 @@ class Controller:
         """A replica says that it is there, and in what state."""
         if self.fleet.announce(info, self.clock.monotonic()):
             self._wake.set()
+            self._look_now.set()
         if self._awaited:
             self._awaited.discard(str(info["replica"]))
             if not self._awaited:
@@ -136,9 +167,23 @@ class Controller:
         """The route table once it is newer than `revision`, or None after `timeout_s`."""
         return await self.board.poll(revision, min(timeout_s, 60.0))
 
-    def report(self, payload: Mapping[str, Any]) -> None:
-        """A gateway's totals since its start."""
-        self.totals.report(payload, self.clock.monotonic())
+    def report(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """A gateway's totals since its start; what the gateway is told in turn.
+
+        That is {"feedback": [{"request_id", "label"}, …]}, or nothing.
+        """
+        now = self.clock.monotonic()
+        if self.totals.report(payload, now):
+            # A gateway has cut a canary off: no time to lose.
+            self.rollouts.hurry()
+            self._look_now.set()
+        self.feedback.joined(payload.get("feedback_joined", ()))
+        due = self.feedback.due(str(payload["gateway"]), now)
+        return {"feedback": due} if due else {}
+
+    def add_feedback(self, raw: object) -> int:
+        """Late labels for answers that were given; how many. Raises `InvalidRequest`."""
+        return self.feedback.add(raw, self.clock.monotonic())
 
     def manifest(self, digest: str) -> dict[str, Any]:
         """The files of a cached artifact. Raises `ArtifactError`."""
@@ -160,59 +205,59 @@ class Controller:
 
     # What an operator calls.
 
-    async def apply(self, raw: Mapping[str, Any], *, dry_run: bool) -> dict[str, Any]:
-        """Resolve a configuration, and unless `dry_run` make it the one to converge to.
-
-        Returns the plan. One apply at a time: the next one sees this one's result. Raises
-        `OperatorError`.
-        """
-        async with self._apply_lock:
-            config = parse_config(dict(raw), source="configuration")
-            check_fixed_settings(config, self.config)
-            pins = await self._in_registry(self._resolver.resolve, references(config))
-            await self._check_pins(pins)
-            layout = build_layout(config, pins, listen_tcp=self._listen_tcp)
-            async with self._step_lock:
-                before = self.state
-                rows = compare(layout, before.desired, before.routed, before.given_up)
-                plan = {
-                    "apply": before.apply_id if dry_run else before.apply_id + 1,
-                    "dry_run": dry_run,
-                    "changes": [asdict(row) for row in rows],
-                }
-                if not dry_run:
-                    state = replace(
-                        before,
-                        config=config.model_dump(mode="json"),
-                        desired=layout,
-                        given_up={},
-                        apply_id=before.apply_id + 1,
-                        applied_at=self.clock.unix(),
-                    )
-                    pinned = [
-                        PinRow(model, ref, pin.version, pin.digest, state.applied_at)
-                        for (model, ref), pin in pins.items()
-                    ]
-                    await self._in_store(
-                        self._store.apply, state.to_dict(), pinned, ("apply", plan)
-                    )
-                    self.reconciler.adopt(state)
-                    self.fleet.forget_failed(layout.apps())
+    async def apply(self, raw: Mapping[str, Any], *, dry_run: bool, **who: str) -> dict[str, Any]:
+        """See `Operations.apply`."""
+        plan = await self.operations.apply(raw, dry_run=dry_run, **who)
         self._wake.set()
         return plan
 
-    async def _check_pins(self, pins: Pins) -> None:
-        """A version number is never given twice: with another digest it is not the same version."""
-        known = await self._in_store(self._store.digests)
-        for (model, _), pin in pins.items():
-            if (digest := known.get((model, pin.version), pin.digest)) != pin.digest:
-                raise RegistryError(
-                    f"model {model!r} version {pin.version} has digest {pin.digest} in the "
-                    f"registry, but it was {digest} when it was first applied: it was replaced; "
-                    "register the file as another version"
-                )
+    async def start_rollout(self, model: str, to: str, plan: Any, **who: str) -> dict[str, Any]:
+        """See `Operations.start`."""
+        started = await self.operations.start(model, to, plan, **who)
+        self._look_now.set()
+        return started
 
-    # The loop.
+    async def plan_rollout(self, model: str, to: str, plan: Any) -> dict[str, Any]:
+        """See `Operations.plan`."""
+        return await self.operations.plan(model, to, plan, self.totals.rate(model))
+
+    async def command_rollout(
+        self, key: str, name: str, *, actor: str, reason: str, expected_state: str | None
+    ) -> dict[str, Any]:
+        """See `Operations.command`."""
+        told = await self.operations.command(
+            key, name, actor=actor, reason=reason, expected_state=expected_state
+        )
+        self._look_now.set()
+        return told
+
+    async def list_rollouts(
+        self, *, model: str | None, active: bool | None, limit: int
+    ) -> list[dict[str, Any]]:
+        """Rollouts, newest first. Raises `StoreError`."""
+        read = partial(self._store.rollouts, model=model, active=active, limit=limit)
+        running = {r.rollout.id: r for r in self.rollouts.records}
+        return [
+            listed(running.get(row.id) or Record.from_row(row))
+            for row in await self._in_store(read)
+        ]
+
+    async def show_rollout(self, key: str) -> dict[str, Any]:
+        """The rollout of an id, or a model's newest. Raises `NotFound` or `StoreError`."""
+        return self.operations.shown(await self.rollouts.find(key))
+
+    async def audit(
+        self, *, after: int | None, limit: int, subject: str | None
+    ) -> list[dict[str, Any]]:
+        """Entries of the audit log. Raises `StoreError`."""
+        read = partial(self._store.audit, after=after, limit=limit, subject=subject)
+        return [row.to_dict() for row in await self._in_store(read)]
+
+    async def verify_audit(self) -> str:
+        """A sentence about the intact log. Raises `StoreError` that names the first bad entry."""
+        return await self._in_store(self._store.verify_audit)
+
+    # The loops.
 
     async def _loop(self) -> None:
         ticks = 0
@@ -223,32 +268,57 @@ class Controller:
             ticks += 1
             look = self._wake.is_set() or not ticks % IDLE_OBSERVE_TICKS
             self._wake.clear()
-            try:
-                await self.step(look=look)
-                self.last_error = ""
-            except ServingError as error:
-                self._failed(error)
-            except Exception as error:
-                log.exception("reconcile tick")
-                self._failed(error)
+            await self._guarded("reconcile tick", self.step(look=look))
+
+    async def _watch_loop(self) -> None:
+        """Rollouts have a loop of their own: no verdict waits for Ray Serve."""
+        while True:
+            pause = min(self.config.control.tick_s, self.rollouts.tick_s or math.inf)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._look_now.wait()
+            self._look_now.clear()
+            if self.rollouts.records:
+                await self._guarded("rollout tick", self.watch())
 
     async def step(self, *, look: bool) -> None:
         """Save totals, publish who is there, and take one step; a settled one only if `look`.
 
         Raises `StoreError` or `ClusterError`; what was not done is done by the next step.
         """
+        await self.watch()
+        if self._may_act() and (look or not self.reconciler.settled):
+            await self.reconciler.tick(gateways_known=self.totals_are_current)
+
+    async def watch(self) -> None:
+        """Save totals, look who is there, and let rollouts go on by it. Raises `StoreError`."""
         await self._flush()
         if self._may_act():
-            async with self._step_lock:
-                await self.reconciler.refresh()
-                if look or not self.reconciler.settled:
-                    await self.reconciler.tick(gateways_known=self.totals_are_current)
+            async with self.reconciler.lock:
+                self.reconciler.look()
+                await self.rollouts.tick(gateways_known=self.totals_are_current)
 
-    def _failed(self, error: Exception) -> None:
+    async def _guarded(self, what: str, work: Awaitable[None]) -> None:
+        """Do it; what fails is shown in the status, and done again by the next tick."""
+        try:
+            await work
+            self._problems.pop(what, None)
+        except ServingError as error:
+            self._failed(what, error)
+        except Exception as error:
+            log.exception("%s", what)
+            self._failed(what, error)
+
+    def _failed(self, what: str, error: Exception) -> None:
         self.errors += 1
-        if str(error) != self.last_error and isinstance(error, OperatorError):
+        if str(error) != self._problems.get(what) and isinstance(error, OperatorError):
             log.error("%s", error)
-        self.last_error = str(error) or type(error).__name__
+        self._problems[what] = str(error) or type(error).__name__
+
+    @property
+    def last_error(self) -> str:
+        """Why a loop's last tick failed; empty if none did."""
+        return next(iter(self._problems.values()), "")
 
     @property
     def totals_are_current(self) -> bool:
@@ -266,14 +336,19 @@ class Controller:
         return not self._awaited or self.clock.monotonic() - self._started > REANNOUNCE_WAIT_S
 
     async def _flush(self) -> None:
-        now, tick_s = self.clock.monotonic(), self.config.control.tick_s
-        if past := self.totals.excess(now, tick_s):
-            base = self.totals.folded(past)
-            await self._in_store(self._store.fold_counters, BASE, base, past)
-            self.totals.fold(base, past)
-        for instance, row in self.totals.unsaved().items():
-            await self._in_store(self._store.save_counters, instance, dict(row))
-            self.totals.saved(instance, row)
+        async with self._flushing:
+            now, tick_s = self.clock.monotonic(), self.config.control.tick_s
+            self.totals.note_rates(now)
+            self.feedback.keep(
+                str(r["gateway"]) for r in self.totals.rows(self.totals.live(now, tick_s))
+            )
+            if past := self.totals.excess(now, tick_s):
+                base = self.totals.folded(past)
+                await self._in_store(self._store.fold_counters, BASE, base, past)
+                self.totals.fold(base, past)
+            if unsaved := self.totals.unsaved():
+                await self._in_store(self._store.save_counters, unsaved)
+                self.totals.saved(unsaved)
 
 
 def _thread(name: str, timeout_s: float | None = None) -> Blocking:

@@ -19,6 +19,7 @@ from serving.config import parse_config
 from serving.control.admin import create_app
 from serving.control.cluster import ServeCluster
 from serving.control.controller import Controller as Core
+from serving.control.providers import Providers
 from serving.control.reconcile import Clock
 from serving.control.resolver import RegistryResolver
 from serving.control.status import status
@@ -58,6 +59,7 @@ class Controller:
             cluster=ServeCluster(options["replica_class"], options["run_prefix"], options["env"]),
             resolver=RegistryResolver(config.registry_uri, config.home_dir),
             clock=Clock(time.monotonic, time.time),
+            providers=Providers,
             listen_tcp=options["listen_tcp"],
         )
         await self._core.start()
@@ -110,9 +112,9 @@ class Controller:
         table = await self._core.poll_routes(revision, timeout_s)
         return None if table is None else dict(table)
 
-    async def report(self, payload: dict[str, Any]) -> None:
-        """A gateway's totals."""
-        self._core.report(payload)
+    async def report(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """A gateway's totals; what the gateway is told in turn, see `Controller.report`."""
+        return self._core.report(payload)
 
     async def manifest(self, digest: str) -> dict[str, Any]:
         """The files of an artifact."""

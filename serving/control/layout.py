@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from serving.artifacts import ONNX_PLATFORM
-from serving.config import ModelConfig, ServingConfig
+from serving.config import ServingConfig
 from serving.control.state import Resolved
 from serving.core.plan import AppSpec, Layout, ServedModel, ServedVersion
 from serving.core.replica import ReplicaSpec
@@ -34,14 +34,18 @@ def build_layout(config: ServingConfig, pins: Pins, *, listen_tcp: bool) -> Layo
     models = {}
     for name, model in config.models.items():
         found = [pins[name, ref] for ref in (model.version, *model.also_serve)]
-        versions = {p.version: _served(config, name, model, p, listen_tcp) for p in found}
+        versions = {
+            p.version: served_version(config, name, p, listen_tcp=listen_tcp) for p in found
+        }
         models[name] = ServedModel(found[0].version, versions)
     return Layout(models)
 
 
-def _served(
-    config: ServingConfig, name: str, model: ModelConfig, pin: Resolved, listen_tcp: bool
+def served_version(
+    config: ServingConfig, name: str, pin: Resolved, *, listen_tcp: bool
 ) -> ServedVersion:
+    """A version of a model of `config`, with that model's settings."""
+    model = config.models[name]
     max_size = model.batching.max_size
     if pin.signature.batch is Batch.NONE:
         max_size = 1

@@ -5,14 +5,11 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import psutil
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
     InfoMetricFamily,
 )
 from prometheus_client.metrics_core import Metric as Family
@@ -20,15 +17,10 @@ from prometheus_client.registry import Collector
 
 from serving import __version__, telemetry
 from serving.control.controller import Controller
+from serving.control.metric_families import family_of
+from serving.control.rollout_metrics import rollout_families
 from serving.control.totals import Histogram
-from serving.telemetry import Metric
 
-_FAMILIES: Final[dict[str, Any]] = {
-    "counter": CounterMetricFamily,
-    "gauge": GaugeMetricFamily,
-    "histogram": HistogramMetricFamily,
-    "info": InfoMetricFamily,
-}
 _HISTOGRAMS: Final = {
     "latency": telemetry.LATENCY,
     "gateway": telemetry.GATEWAY,
@@ -53,6 +45,7 @@ class _Collector(Collector):
     def collect(self) -> Iterator[Family]:
         yield from self._traffic()
         yield from self._replicas()
+        yield from rollout_families(self._controller)
         yield from self._deployment()
 
     def _traffic(self) -> Iterator[Family]:
@@ -62,9 +55,9 @@ class _Collector(Collector):
         )
         arms = controller.totals.sum(live)
         requests, depth, in_flight = (
-            _family(m) for m in (telemetry.REQUESTS, telemetry.QUEUE_DEPTH, telemetry.IN_FLIGHT)
+            family_of(m) for m in (telemetry.REQUESTS, telemetry.QUEUE_DEPTH, telemetry.IN_FLIGHT)
         )
-        histograms = {name: _family(metric) for name, metric in _HISTOGRAMS.items()}
+        histograms = {name: family_of(metric) for name, metric in _HISTOGRAMS.items()}
         for key, arm in sorted(arms.items()):
             for outcome, n in sorted(arm.requests.items()):
                 requests.add_metric([*key, outcome], n)
@@ -72,7 +65,7 @@ class _Collector(Collector):
             in_flight.add_metric(key, arm.in_flight)
             for name, histogram in arm.histograms.items():
                 histograms[name].add_metric(key, _buckets(histogram), sum_value=histogram.sum)
-        unrouted = _family(telemetry.UNROUTED)
+        unrouted = family_of(telemetry.UNROUTED)
         for outcome, n in sorted(controller.totals.unrouted().items()):
             unrouted.add_metric([outcome], n)
         yield from (requests, unrouted, *histograms.values(), depth, in_flight)
@@ -80,7 +73,8 @@ class _Collector(Collector):
     def _replicas(self) -> Iterator[Family]:
         controller = self._controller
         states, rss, load = (
-            _family(m) for m in (telemetry.REPLICAS, telemetry.REPLICA_RSS, telemetry.REPLICA_LOAD)
+            family_of(m)
+            for m in (telemetry.REPLICAS, telemetry.REPLICA_RSS, telemetry.REPLICA_LOAD)
         )
         counts: Counter[tuple[str, str, str]] = Counter()
         desired, routed = controller.state.desired.apps(), controller.state.routed.apps()
@@ -102,7 +96,7 @@ class _Collector(Collector):
 
     def _models(self) -> Family:
         controller = self._controller
-        info: InfoMetricFamily = _family(telemetry.MODEL_INFO)
+        info: InfoMetricFamily = family_of(telemetry.MODEL_INFO)
         # What is routed says what answers; what is only desired is on its way.
         models = {**controller.state.desired.models, **controller.state.routed.models}
         for name, model in sorted(models.items()):
@@ -124,12 +118,12 @@ class _Collector(Collector):
             controller.clock.monotonic(), controller.config.control.tick_s
         )
         revisions, connections = (
-            _family(m) for m in (telemetry.GATEWAY_REVISION, telemetry.CONNECTIONS)
+            family_of(m) for m in (telemetry.GATEWAY_REVISION, telemetry.CONNECTIONS)
         )
         for row in controller.totals.rows(live):
             revisions.add_metric([str(row["gateway"])], int(row["revision"]))
             connections.add_metric([str(row["gateway"])], int(row["connections"]))
-        build = _family(telemetry.BUILD_INFO)
+        build = family_of(telemetry.BUILD_INFO)
         build.add_metric(
             [],
             {
@@ -145,21 +139,13 @@ class _Collector(Collector):
             telemetry.CONTROLLER_START: controller.started_at,
             telemetry.CONTROLLER_RSS: psutil.Process().memory_info().rss,
             telemetry.RECONCILE_ERRORS: controller.errors,
+            telemetry.FEEDBACK_PENDING: len(controller.feedback),
         }
         yield from (revisions, connections, build)
         for metric, value in values.items():
-            family = _family(metric)
+            family = family_of(metric)
             family.add_metric([], value)
             yield family
-
-
-def _family(metric: Metric) -> Any:
-    # An info family takes its labels from each sample's value.
-    name = metric.name.removesuffix("_info") if metric.kind == "info" else metric.name
-    labels = [label for label in metric.labels if label in ("model", "version")]
-    return _FAMILIES[metric.kind](
-        name, metric.help, labels=labels if metric.kind == "info" else metric.labels
-    )
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

@@ -8,9 +8,11 @@ the next tick sees what was done and does the rest.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 from serving.control.board import RouteBoard
@@ -26,11 +28,14 @@ from serving.core.plan import (
     is_drained,
     route_table,
 )
-from serving.store.sql import Store
+from serving.core.routing import Endpoint, RouteTable
+from serving.store.audit import AuditEntry
+from serving.store.sql import PinRow, RolloutRow, Store
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Overlay = Callable[[RouteTable], RouteTable]
 Outcome = Literal["converging", "converged", "failed"]
 
 
@@ -60,7 +65,12 @@ class _Retiring:
 
 
 class Reconciler:
-    """Moves what runs towards the state's `desired`. Lives on the controller's loop."""
+    """Moves what runs towards the state's `desired`. Lives on the controller's loop.
+
+    Whoever changes the state holds `lock`. `overlay` adds to a route table what rollouts want of
+    it. `endpoints` are the ready replicas by application at the last `look`: whatever is decided
+    until the next one goes by them.
+    """
 
     def __init__(
         self,
@@ -83,6 +93,9 @@ class Reconciler:
         self.totals = totals
         self.apps: Mapping[str, AppStatus] = {}
         self.settled = False
+        self.lock = asyncio.Lock()
+        self.overlay: Overlay = lambda table: table
+        self.endpoints: Mapping[str, tuple[Endpoint, ...]] = _published(state, board.table)
         self._store, self._in_store = store, in_store
         self._cluster, self._in_cluster = cluster, in_cluster
         self._clock = clock
@@ -104,30 +117,81 @@ class Reconciler:
         failed = self.state.desired.apps().keys() & self.state.given_up.keys()
         return "failed" if failed else "converged"
 
-    async def refresh(self) -> None:
-        """Publish who is there now. Needs no Serve, so that a stuck one stops no replacement."""
+    def look(self) -> None:
+        """See who is there now. Needs no Serve, so that a stuck one stops no replacement."""
         current = self.state.desired.apps() | self.state.routed.apps()
         self._specs = {n: a for n, a in self._specs.items() if n in self.apps} | current
         wanted = {name: app.count for name, app in self._specs.items()}
         self.fleet.expire(self._clock.monotonic(), wanted)
-        await self._publish()
+        names = {*self.apps, *current}
+        self.endpoints = {name: self.fleet.endpoints(name) for name in names}
+
+    async def publish(self) -> None:
+        """Publish who is there. The caller holds `lock`. Raises `StoreError`."""
+        await self.commit(self.state)
+
+    async def commit(
+        self,
+        state: State,
+        *,
+        overlay: Overlay | None = None,
+        rollouts: Sequence[RolloutRow] = (),
+        audit: Sequence[AuditEntry] = (),
+        pins: Sequence[PinRow] | None = None,
+        event: tuple[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """Save what changed in one transaction; then go by `state`, and publish its routes.
+
+        `overlay` is the one that goes with `rollouts`. The caller holds `lock`. Raises `StoreError`
+        or `ConflictError`, and then nothing has changed.
+        """
+        table = self._table(state, overlay or self.overlay)
+        rerouted = self.board.differs(table)
+        if rerouted:
+            revision = await self._in_store(self._store.next_revision)
+            table = replace(table, revision=revision)
+        changed = state != self.state
+        if not (rerouted or changed or rollouts or audit or pins is not None or event):
+            return
+        write = partial(
+            self._store.commit,
+            desired=state.to_dict() if changed else None,
+            rollouts=rollouts,
+            route_table=table.to_dict() if rerouted else None,
+            audit=audit,
+            pins=pins,
+            event=event,
+        )
+        await self._in_store(write)
+        if changed:
+            self.adopt(state)
+        if rerouted:
+            self.board.publish(table)
+
+    def _table(self, state: State, overlay: Overlay) -> RouteTable:
+        endpoints = {name: self.endpoints.get(name, ()) for name in state.routed.apps()}
+        table = route_table(state.routed, endpoints, self.board.revision)
+        complete = self.board.table.complete or _all_routed(state)
+        return overlay(replace(table, complete=complete))
 
     async def tick(self, *, gateways_known: bool = True) -> None:
         """One step. Without `gateways_known`, who may still need it being unknown, none is retired.
 
-        Raises `StoreError` or `ClusterError`; the next one does what was not done.
+        What Serve is asked to do, which may take it seconds, is outside of the lock: no rollout
+        waits for it. Raises `StoreError` or `ClusterError`; the next tick does what was not done.
         """
         self.apps = await self._in_cluster(self._cluster.observe)
-        now = self._clock.monotonic()
-        decision = decide(
-            self.state.desired, self.state.routed, self._observed(), self.state.given_up
-        )
-        await self._record(decision)
-        await self._publish()
+        async with self.lock:
+            now = self._clock.monotonic()
+            decision = decide(
+                self.state.desired, self.state.routed, self._observed(), self.state.given_up
+            )
+            await self._record(decision)
+            await self.publish()
+            drained = self._drained(decision, now) if gateways_known else []
+            self.settled = not (decision.pending or decision.start or decision.retire)
         await self._start(decision)
-        if gateways_known:
-            await self._retire(decision, now)
-        self.settled = not (decision.pending or decision.start or decision.retire)
+        await self._delete(drained)
 
     def _observed(self) -> dict[str, ObservedApp]:
         unix = self._clock.unix()
@@ -139,7 +203,8 @@ class Reconciler:
             if status.phase is Phase.FAILED:
                 error = error or status.message
             age = max(0.0, unix - status.since)
-            seen[name] = ObservedApp(status.phase, self.fleet.endpoints(name), error, age)
+            endpoints = self.endpoints.get(name, ())
+            seen[name] = ObservedApp(status.phase, endpoints, error, age)
         return seen
 
     async def _record(self, decision: Decision) -> None:
@@ -147,31 +212,14 @@ class Reconciler:
         if (decision.routed, decision.given_up) == (before.routed, before.given_up):
             return
         after = replace(before, routed=decision.routed, given_up=dict(decision.given_up))
-        await self._in_store(self._store.save_desired, after.to_dict())
-        self.adopt(after)
-        await self._tell_given_up(before)
+        event = None
         if decision.routed != before.routed:
             routed = {n: {"version": m.version, "apps": [s.app.name for s in m.versions.values()]}
                       for n, m in decision.routed.models.items()}  # fmt: skip
             log.info("routes: %s", routed)
-            await self._event("routed", models=routed)
-
-    async def _publish(self) -> None:
-        apps = self.state.routed.apps()
-        endpoints = {name: self.fleet.endpoints(name) for name in apps}
-        table = route_table(self.state.routed, endpoints, self.board.revision)
-        table = replace(table, complete=self.board.table.complete or self._all_routed())
-        if not self.board.differs(table):
-            return
-        revision = await self._in_store(self._store.next_revision)
-        table = replace(table, revision=revision)
-        await self._in_store(self._store.save_route_table, table.to_dict())
-        self.board.publish(table)
-
-    def _all_routed(self) -> bool:
-        """Whether something was applied, and every version of it is routed."""
-        state = self.state
-        return bool(state.config) and state.desired.apps().keys() <= state.routed.apps().keys()
+            event = ("routed", {"models": routed})
+        await self.commit(after, event=event)
+        await self._tell_given_up(before)
 
     async def _start(self, decision: Decision) -> None:
         if decision.start:
@@ -182,11 +230,11 @@ class Reconciler:
 
     async def _give_up(self, refused: Mapping[str, str]) -> None:
         """Do not try again what can never start."""
-        if refused:
+        if not refused:
+            return
+        async with self.lock:
             before = self.state
-            after = replace(before, given_up={**before.given_up, **refused})
-            await self._in_store(self._store.save_desired, after.to_dict())
-            self.adopt(after)
+            await self.commit(replace(before, given_up={**before.given_up, **refused}))
             await self._tell_given_up(before)
 
     async def _tell_given_up(self, before: State) -> None:
@@ -195,7 +243,8 @@ class Reconciler:
             log.error("%s is given up: %s", name, after[name])
             await self._event("given_up", app=name, error=after[name])
 
-    async def _retire(self, decision: Decision, now: float) -> None:
+    def _drained(self, decision: Decision, now: float) -> list[str]:
+        """Of the applications to retire, those that nobody needs any more."""
         for name in self._retiring.keys() - set(decision.retire):
             del self._retiring[name]
         done = []
@@ -206,9 +255,12 @@ class Reconciler:
             drained = views and is_drained(leaving.model, leaving.version, leaving.revision, views)
             if drained or now - leaving.since > self._drain_s:
                 done.append(name)
+        return done
+
+    async def _delete(self, done: Sequence[str]) -> None:
         if done:
             log.info("deleting %s", ", ".join(done))
-            await self._event("delete", apps=done)
+            await self._event("delete", apps=list(done))
             await self._in_cluster(self._cluster.delete, done)
 
     def _leave(self, name: str, now: float) -> _Retiring:
@@ -222,3 +274,18 @@ class Reconciler:
 
     async def _event(self, kind: str, **body: Any) -> None:
         await self._in_store(self._store.append_event, kind, body)
+
+
+def _published(state: State, table: RouteTable) -> dict[str, tuple[Endpoint, ...]]:
+    """The ready replicas as the table of an earlier controller has them, until the first look."""
+    return {
+        served.app.name: table.models[name].arms[version].endpoints
+        for name, model in state.routed.models.items()
+        for version, served in model.versions.items()
+        if name in table.models and version in table.models[name].arms
+    }
+
+
+def _all_routed(state: State) -> bool:
+    """Whether something was applied, and every version of it is routed."""
+    return bool(state.config) and state.desired.apps().keys() <= state.routed.apps().keys()

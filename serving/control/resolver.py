@@ -11,6 +11,7 @@ and writes one reply:
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ class RegistryResolver:
                 text=True,
                 timeout=_TIMEOUT_S,
                 check=False,
+                # A copy: another thread may change the environment while the child is started.
+                env=dict(os.environ),
             )
         except subprocess.TimeoutExpired as error:
             raise RegistryError(

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from serving.control.notices import Notice
 from serving.core.plan import AppSpec, Layout, Phase
+from serving.core.rollout_types import Hook, ProviderState, Rollout
 from serving.core.types import Signature
 
 
@@ -15,6 +17,7 @@ class State:
     """The last apply and how far it has come. Replaced whole, never changed in place.
 
     `config` is the configuration that was applied, `given_up` maps an application to its error.
+    `also` maps a model to the versions that its configuration serves beside the default one.
     `deployment` is the id of the `serving up` that `routed` describes: another one has none of
     those applications.
     """
@@ -26,6 +29,7 @@ class State:
     apply_id: int = 0
     applied_at: float = 0.0
     deployment: str = ""
+    also: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the store."""
@@ -37,6 +41,7 @@ class State:
             "apply_id": self.apply_id,
             "applied_at": self.applied_at,
             "deployment": self.deployment,
+            "also": {model: list(versions) for model, versions in self.also.items()},
         }
 
     @classmethod
@@ -89,3 +94,37 @@ class Resolver(Protocol):
 
         Blocks. Raises `RegistryError` or `ArtifactError`.
         """
+
+
+class Providers(Protocol):
+    """Those outside that rollouts ask and tell. Only `close` blocks."""
+
+    def poll(
+        self, rollout: Rollout, now: float, hooks: Sequence[Hook] = ()
+    ) -> Mapping[str, ProviderState]:
+        """The last answers by trigger name and hook key; asks anew what is due.
+
+        `hooks` are the web services that the rollout waits for now.
+        """
+
+    def emit(self, notice: Notice) -> None:
+        """Tell the plan's webhooks of what happened."""
+
+    def close(self, timeout_s: float = ...) -> None:
+        """Deliver what is due for at most `timeout_s` seconds, and stop."""
+
+
+class NoProviders:
+    """Asks nobody: whatever depends on an answer waits for it."""
+
+    def poll(
+        self, rollout: Rollout, now: float, hooks: Sequence[Hook] = ()
+    ) -> Mapping[str, ProviderState]:
+        """No answer."""
+        return {}
+
+    def emit(self, notice: Notice) -> None:
+        """Tell nobody."""
+
+    def close(self, timeout_s: float = 0.0) -> None:
+        """Nothing is due."""

@@ -14,6 +14,7 @@ from serving.control.controller import Controller
 from serving.control.fleet import Replica
 from serving.control.totals import ArmTotals, Totals
 from serving.core.plan import AppSpec, Phase, ServedModel
+from serving.core.rollout_types import Rollout
 
 
 def status(controller: Controller) -> dict[str, Any]:
@@ -88,14 +89,29 @@ def _model(
     wanted, routed = state.desired.models.get(name), state.routed.models.get(name)
     default = routed.version if routed else wanted.version if wanted else None
     versions = {*(wanted.versions if wanted else ()), *(routed.versions if routed else ())}
+    running = controller.rollouts.of(name)
     return {
         "name": name,
         "version": default,
         "wanted_version": wanted.version if wanted else None,
+        "rollout": _rollout(running[0].rollout) if running else None,
         "versions": [
             _version(controller, version, wanted, routed, arms.get((name, version), ArmTotals()))
             for version in sorted(versions, key=int)
         ],
+    }
+
+
+def _rollout(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "id": rollout.id,
+        "state": rollout.state.value,
+        "step": rollout.step,
+        "steps": len(rollout.spec.steps),
+        "weight": rollout.weight,
+        "stable": rollout.stable,
+        "canary": rollout.canary,
+        "reason": rollout.reason,
     }
 
 

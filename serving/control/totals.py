@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from serving.control.trials import Trials
 from serving.core.plan import GatewayView
 
 HISTOGRAMS: Final = ("latency", "gateway", "queue", "compute")
@@ -21,6 +22,8 @@ BATCH_SIZE: Final = "batch_size"
 BASE: Final = "past"
 MAX_INSTANCES: Final = 64
 LIVE_TICKS: Final = 5
+_RATE_STEP_S: Final = 5.0
+_RATE_STEPS: Final = 12
 
 
 ArmKey = tuple[str, str]
@@ -123,16 +126,26 @@ class Totals:
         self._rows = {k: v for k, v in stored.items() if k != BASE}
         self._saved = {k: _counts(v) for k, v in self._rows.items()}
         self._heard: dict[str, float] = {}
+        self._noted: deque[tuple[float, Counter[str]]] = deque(maxlen=_RATE_STEPS + 1)
+        self.trials = Trials()
+        for instance, row in stored.items():
+            self.trials.take(instance, row.get("rollouts", {}))
 
-    def report(self, payload: Mapping[str, Any], now: float) -> None:
-        """Take a report. Raises `KeyError`, `TypeError` or `ValueError` if it is malformed."""
+    def report(self, payload: Mapping[str, Any], now: float) -> bool:
+        """Take a report; whether a local breaker has opened since this gateway's last one.
+
+        Raises `KeyError`, `TypeError` or `ValueError` if it is malformed.
+        """
         instance = f"{payload['gateway']}@{payload['started_at']}"
         if instance in self._base["folded"]:
-            return
+            return False
         for row in payload["models"]:
             ArmTotals().add(row, payload["bounds"])
-        self._rows[instance] = payload
+        before = self._rows.get(instance, {}).get("rollouts", {})
+        rollouts = self.trials.carried(before, payload.get("rollouts", {}))
+        self._rows[instance] = {**payload, "rollouts": rollouts}
         self._heard[instance] = now
+        return self.trials.take(instance, rollouts)
 
     @property
     def unheard(self) -> bool:
@@ -183,9 +196,25 @@ class Totals:
         """The rows whose counts are not in the store as they are now."""
         return {i: r for i, r in self._rows.items() if self._saved.get(i) != _counts(r)}
 
-    def saved(self, instance: str, row: Mapping[str, Any]) -> None:
-        """`row` is in the store."""
-        self._saved[instance] = _counts(row)
+    def saved(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """`rows` are in the store."""
+        self._saved.update({instance: _counts(row) for instance, row in rows.items()})
+
+    def note_rates(self, now: float) -> None:
+        """Remember how many requests each model has had by now, for `rate`."""
+        if self._noted and now - self._noted[-1][0] < _RATE_STEP_S:
+            return
+        requests: Counter[str] = Counter()
+        for (model, _), arm in self.sum().items():
+            requests[model] += arm.total
+        self._noted.append((now, requests))
+
+    def rate(self, model: str) -> float:
+        """Requests a second of a model, over the last minute or as long as there is to go by."""
+        if len(self._noted) < 2:
+            return 0.0
+        (since, before), (until, after) = self._noted[0], self._noted[-1]
+        return (after[model] - before[model]) / (until - since)
 
     def excess(self, now: float, tick_s: float) -> list[str]:
         """The oldest dead instances beyond the number that is kept apart."""
@@ -211,12 +240,15 @@ class Totals:
             "models": models,
             "bounds": dict(bounds),
             "unrouted": dict(unrouted),
+            "rollouts": self.trials.folded(row.get("rollouts", {}) for row in rows),
         }
 
     def fold(self, base: Mapping[str, Any], instances: Iterable[str]) -> None:
         """`base`, which holds `instances`, is in the store."""
         self._base = base
+        self.trials.take(BASE, base["rollouts"])
         for instance in instances:
+            self.trials.drop(instance)
             del self._rows[instance]
             self._saved.pop(instance, None)
             self._heard.pop(instance, None)
@@ -226,4 +258,5 @@ def _counts(payload: Mapping[str, Any]) -> str:
     """What of a report is worth a write: the totals, not the gauges."""
     volatile = {"queue_depth", "in_flight", "replicas_connected"}
     rows = [{k: v for k, v in m.items() if k not in volatile} for m in payload["models"]]
-    return json.dumps([rows, payload.get("unrouted")], sort_keys=True)
+    counted = [rows, payload.get("unrouted"), payload.get("rollouts")]
+    return json.dumps(counted, sort_keys=True)

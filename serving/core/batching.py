@@ -24,6 +24,8 @@ from typing import Final, Generic, Protocol, TypeVar
 
 DEFAULT_PRIORITY: Final = 5
 LOWEST_PRIORITY: Final = 9
+# Of copies that no client waits for: they leave after every client's request.
+SHADOW_LEVEL: Final = LOWEST_PRIORITY + 1
 _SPARE_HEADS: Final = 16
 _FEW_SUSPECTS: Final = 8
 

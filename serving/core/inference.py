@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -63,6 +63,10 @@ class InferRequest:
     timeout_us: int = 0
     outputs: tuple[RequestedOutput, ...] | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def emptied(self) -> InferRequest:
+        """The request without its inputs, which may be large."""
+        return replace(self, inputs=[])
 
 
 @dataclass(slots=True, eq=False)

@@ -261,13 +261,15 @@ def is_drained(
 
 
 class Change(StrEnum):
-    """What an apply does to one version."""
+    """What an apply does to one version. HELD: nothing, as it was taken back before."""
 
     START = "start"
     REPLACE = "replace"
     UPDATE = "update"
     STOP = "stop"
     UNCHANGED = "unchanged"
+    ROLLOUT = "rollout"
+    HELD = "held"
 
 
 @dataclass(frozen=True, slots=True)

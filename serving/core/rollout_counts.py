@@ -12,12 +12,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import accumulate
-from math import ceil
+from math import nan, pow
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar
 
-LATENCY_BOUNDS: Final = tuple(50e-6 * 1.07**i for i in range(208))
+_STEP: Final = 1.07
+
+LATENCY_BOUNDS: Final = tuple(50e-6 * _STEP**i for i in range(208))
 """Upper bounds of the latency buckets in seconds, 50 µs to 60 s in steps of 7 %.
 
 Bucket i counts latencies in (LATENCY_BOUNDS[i-1], LATENCY_BOUNDS[i]]; bucket `OVERFLOW` is for what
@@ -52,15 +53,20 @@ class Histogram:
         """How many were slower than `LATENCY_BOUNDS[bound]`."""
         return sum(count for bucket, count in self.buckets.items() if bucket > bound)
 
-    def quantile(self, q: float) -> int | None:
-        """The first bucket up to which at least a share `q` (0..1) lies; None where all is empty.
+    def quantile(self, q: float) -> float:
+        """The latency in seconds below which a share `q` (0 < q ≤ 1) lies; nan where all is empty.
 
-        Its bound is at most 7 % above the quantile. `OVERFLOW` where that is beyond all bounds.
+        Read off inside its bucket, as if latencies spread evenly there on a logarithmic scale; the
+        last bound where it is beyond.
         """
-        ordered = sorted(self.buckets)
-        wanted = max(1, ceil(q * self.total))
-        sums = accumulate(self.buckets[bucket] for bucket in ordered)
-        return next((bucket for bucket, n in zip(ordered, sums, strict=True) if n >= wanted), None)
+        left = q * self.total
+        for bucket in sorted(self.buckets):
+            count = self.buckets[bucket]
+            if left <= count:
+                inside = pow(_STEP, left / count - 1.0) if bucket < OVERFLOW else 1.0
+                return LATENCY_BOUNDS[min(bucket, OVERFLOW - 1)] * inside
+            left -= count
+        return nan
 
     def __add__(self, other: Histogram) -> Histogram:
         return Histogram(_sum(self.buckets, other.buckets))
@@ -179,11 +185,6 @@ class EpochCounts:
     def arm(self, name: ArmName) -> ArmCountsRow:
         """All replicas of an arm together."""
         return sum((self.canary if name == "canary" else self.stable).values(), ArmCountsRow())
-
-    def without(self, replica: str) -> EpochCounts:
-        """The same epoch had this replica of the canary not been there."""
-        rest = {name: row for name, row in self.canary.items() if name != replica}
-        return EpochCounts(self.stable, rest, self.pairs, self.disagreements, self.dropped)
 
     def __add__(self, other: EpochCounts) -> EpochCounts:
         return EpochCounts(

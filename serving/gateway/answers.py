@@ -18,7 +18,19 @@ class BatchAnswer:
     of the run, which may have held other gateways' batches too.
     """
 
-    __slots__ = ("_bodies", "_codec", "_parts", "compute", "queue", "rows", "run_rows")
+    __slots__ = (
+        "_bodies",
+        "_codec",
+        "_entries",
+        "_parts",
+        "_requests",
+        "_signature",
+        "_tensors",
+        "compute",
+        "queue",
+        "rows",
+        "run_rows",
+    )
 
     def __init__(
         self,
@@ -33,16 +45,22 @@ class BatchAnswer:
         _, self.rows, self.run_rows, queue_us, compute_us = head
         self.queue, self.compute = queue_us * 1e-6, compute_us * 1e-6
         self._codec = codec
+        self._signature = signature
+        self._requests, self._entries, self._tensors = requests, entries, tensors
         self._bodies: list[bytes] | None = None
-        self._parts: list[list[OutputTensor]] = []
+        self._parts: list[list[OutputTensor]] | None = None
         if len(requests) > 1 and [e.index for e in entries] == list(range(len(entries))):
             self._bodies = codec.encode_batch(requests, [e.shape for e in entries], tensors)
         if self._bodies is None:
-            batched = signature.batch is not Batch.NONE
-            counts = [request.rows for request in requests]
-            self._parts = split_outputs(
-                signature.outputs, batched, counts, self.rows, entries, tensors
-            )
+            self._parts = self._split()
+
+    def _split(self) -> list[list[OutputTensor]]:
+        signature = self._signature
+        batched = signature.batch is not Batch.NONE
+        counts = [request.rows for request in self._requests]
+        return split_outputs(
+            signature.outputs, batched, counts, self.rows, self._entries, self._tensors
+        )
 
     def response(self, position: int, request: InferRequest) -> EncodedResponse:
         """The response to the batch's request at `position`.
@@ -52,4 +70,14 @@ class BatchAnswer:
         """
         if self._bodies is not None:
             return EncodedResponse(self._bodies[position])
-        return self._codec.encode(request, self._parts[position])
+        return self._codec.encode(request, self.outputs(position))
+
+    def outputs(self, position: int) -> list[OutputTensor]:
+        """All outputs for the batch's request at `position`, in the signature's order."""
+        if self._parts is None:
+            self._parts = self._split()
+        return self._parts[position]
+
+    def output(self, index: int) -> tuple[tuple[int, ...], memoryview]:
+        """An output of the signature for the whole batch: shape and raw form."""
+        return self._entries[index].shape, self._tensors[index]

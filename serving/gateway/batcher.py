@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Final
 
-from serving.core.batching import RequestQueue, ServiceModel, suspect_groups
+from serving.core.batching import SHADOW_LEVEL, RequestQueue, ServiceModel, suspect_groups
 from serving.core.frames import TensorEntry
 from serving.core.inference import Limits, row_limit
 from serving.core.protocol import InferCodec
@@ -30,7 +30,7 @@ from serving.gateway.infer import TICK_S, Call, error_of, in_time, monotonic
 from serving.gateway.layouts import Buffer, OutgoingLayouts
 from serving.gateway.links import ReplicaLink
 from serving.gateway.recorder import ArmRecorder
-from serving.gateway.trials import Cluster, Trial
+from serving.gateway.trials import Trial, together
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class ArmBatcher:
     @property
     def ready(self) -> bool:
         """Whether a replica can take batches."""
-        return self._down_since is None
+        return self._down_since is None and not self.closed
 
     @property
     def replicas_connected(self) -> int:
@@ -211,10 +211,13 @@ class ArmBatcher:
 
     def _pump(self) -> None:
         self._scheduled = False
+        self._dispatch()
+        self._close_if_settled()
+
+    def _dispatch(self) -> None:
         if self._queue.suspect_rows or self._reserved is not None:
             self._send_suspects()
         self._send_batches()
-        self._close_if_settled()
 
     def _send_batches(self) -> None:
         queue = self._queue
@@ -243,7 +246,7 @@ class ArmBatcher:
         while queue.suspect_rows and not reserved.in_flight:
             self._others_turn = True
             self._send(reserved, queue.take_suspects(self._max_rows, self._max_items))
-        if not reserved.exclusive:
+        if queue.suspect_rows and not reserved.exclusive:
             self._reserved = reserved
 
     def _due(self) -> bool:
@@ -279,11 +282,13 @@ class ArmBatcher:
         now = monotonic()
         rows = 0
         deadline = 0.0
-        batch = in_time(batch, now)
+        replica = link.endpoint.replica
+        batch = in_time(batch, now, replica)
         if not batch:
             return
         for call in batch:
             call.sent = now
+            call.replica = replica
             rows += call.rows
             if call.deadline > deadline:
                 deadline = call.deadline
@@ -370,11 +375,14 @@ class ArmBatcher:
         """A replica is gone: send its requests elsewhere, as suspects."""
         count = sum(map(len, lost))
         for batch in lost:
-            for call in batch:
-                call.replica = link.endpoint.replica
+            together(batch)
             self._send_again(batch, count)
         self._let_go()
         self._check_ready()
+        if not self.ready:
+            # Their clients need not wait for a replica to come.
+            for call in list(self._queue):
+                call.hand_over()
         self._pump()
 
     def _send_again(self, batch: list[Call], lost: int) -> None:
@@ -383,6 +391,11 @@ class ArmBatcher:
         `lost` requests, this batch's and others, were at the replica.
         """
         alive = [call for call in batch if not call.done]
+        if alive and alive[0].level == SHADOW_LEVEL:
+            # A copy may kill one replica, but not the next.
+            for call in alive:
+                call.fail(self._unavailable())
+            return
         for call in alive:
             call.losses += 1
             call.sent = 0.0
@@ -423,10 +436,31 @@ class ArmBatcher:
         if left > TICK_S:
             self._hold = self._loop.call_later(left, self._hold_on)
             return
-        for call in list(self._queue):
+        waiting = list(self._queue)
+        self.blame(waiting)
+        for call in waiting:
             self._queue.forget(call)
             call.fail(self._unavailable())
         self._close_if_settled()
+
+    def blame(self, late: list[Call]) -> None:
+        """Note what requests of this version that are late share, and the replica they had.
+
+        Those that wait, wait for what runs: they are late with the batch that runs longest.
+        """
+        running = {call for call in late if call.sent}
+        waiting = [call for call in late if not call.sent]
+        batches = [batch for link in self.links.values() for batch in link.batches()]
+        for batch in batches:
+            if not running.isdisjoint(batch):
+                together(batch)
+        if not waiting:
+            return
+        longest = min(batches, key=lambda batch: batch[0].sent, default=list(self._queue))
+        together([*longest, *waiting])
+        replica = longest[0].replica or next((e.replica for e in self.links), "none")
+        for call in waiting:
+            call.replica = call.replica or replica
 
     # Answers.
 
@@ -443,9 +477,11 @@ class ArmBatcher:
         _, rows, run_rows, _, compute_us = head
         self._service.observe(run_rows, compute_us * 1e-6)
         self._set_room()
-        self.recorder.batch_size.add(rows)
+        if batch[0].level != SHADOW_LEVEL:
+            self.recorder.batch_size.add(rows)
         if self._queue:
-            self._pump()
+            # No more than that: while this batch is in hand, a version that leaves has not settled.
+            self._dispatch()
         try:
             answer = BatchAnswer(self.codec, self.arm.signature, requests, head, entries, tensors)
         except ModelFailed as error:
@@ -459,39 +495,46 @@ class ArmBatcher:
             try:
                 finished = call.sink.answered(call, answer, position)
             except ServingError as error:
-                call.done = False
-                call.replica = link.endpoint.replica
-                call.fail(error)
+                self._undelivered(batch, call, error)
             except Exception:
                 # One answer that cannot be written must not cost its batch-mates theirs.
                 log.exception("an answer of model %s could not be delivered", self.arm.model)
-                call.done = False
-                call.fail(ServingError("internal error while the answer was written"))
+                failure = ServingError("internal error while the answer was written")
+                self._undelivered(batch, call, failure)
             else:
-                queue = call.sent - call.arrival + answer.queue
-                self.recorder.answered(finished - call.arrival, queue, answer.compute)
+                total = finished - call.arrival
+                if not call.unseen:
+                    queue = call.sent - call.arrival + answer.queue
+                    self.recorder.answered(total, queue, answer.compute)
                 if (trial := call.trial) is not None:
                     if not trial.pending:
                         trials.append(trial)
-                    trial.pending.append(finished - call.arrival)
+                    trial.pending.append(total)
+                    if trial.observer is not None:
+                        trial.answered.append(position)
         for trial in trials:
-            trial.batch_answered(link.endpoint.replica)
+            trial.batch_answered(link.endpoint.replica, batch, answer)
         self._close_if_settled()
+
+    def _undelivered(self, batch: list[Call], call: Call, error: ServingError) -> None:
+        """Fail a request whose answer cannot be handed out."""
+        together(batch)
+        call.done = False
+        call.fail(error)
 
     def batch_failed(
         self, link: ReplicaLink[list[Call]], batch: list[Call], slug: str, message: str
     ) -> None:
         """Tell the caller; of several, run each again alone, so that only the guilty one fails."""
         error = error_of(slug, f"model {self.arm.model!r} version {self.arm.version}: {message}")
-        # Whatever the model said of the batch, it may hold for one of its requests only.
-        again = len(batch) > 1 and slug != DeadlineExceeded.slug
-        cluster = Cluster() if again else None
+        # Whatever the model said of the batch, it may hold for one of its requests only. Copies
+        # are not worth the runs.
+        again = len(batch) > 1 and slug != DeadlineExceeded.slug and batch[0].level != SHADOW_LEVEL
+        together(batch)
         for call in batch:
             if call.done:
                 continue
-            call.replica = link.endpoint.replica
             if again:
-                call.cluster = cluster
                 call.sent = 0.0
                 # The replica outlived it.
                 call.suspect = False

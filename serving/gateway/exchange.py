@@ -12,7 +12,7 @@ import numpy as np
 
 from serving.core.cost import direct_cost, format_usd
 from serving.core.protocol import encode_error, parse_json_length
-from serving.errors import InvalidRequest, ServingError
+from serving.errors import InvalidRequest, PayloadTooLarge, ServingError
 from serving.gateway import encoding
 from serving.gateway.infer import MAX_TIMEOUT_S, Call, monotonic
 from serving.gateway.targets import model_and_version
@@ -64,6 +64,7 @@ class Exchange:
         "_error",
         "_held",
         "_json_length",
+        "_reply_id",
         "_request_id",
         "_routing_headers",
         "_timeout",
@@ -94,6 +95,7 @@ class Exchange:
         self._accept_encoding = b""
         self._json_length: bytes | None = None
         self._request_id: bytes | None = None
+        self._reply_id = b""
         self._timeout: bytes | None = None
         self._error: Exception | None = None
         self._arrival = 0.0
@@ -178,8 +180,15 @@ class Exchange:
             self.connection.refuse(error)
 
     def _hold(self, nbytes: int) -> None:
-        """Count a body of `nbytes` among those held. Raises `Unavailable` if they are too many."""
-        self.connection.front.hold(nbytes - self._held)
+        """Count a body of `nbytes` among those held.
+
+        Raises `Unavailable` if they are too many now, `PayloadTooLarge` if it alone is.
+        """
+        front = self.connection.front
+        if nbytes > front.limits.max_held_bytes:
+            limit = front.limits.max_held_bytes
+            raise PayloadTooLarge(f"the request body exceeds {limit} bytes, all that are ever held")
+        front.hold(nbytes - self._held)
         self._held = nbytes
 
     def _release(self) -> None:
@@ -307,6 +316,15 @@ class Exchange:
             return self._request_id
         return self._routing_headers.get(name)
 
+    def reply_id(self) -> bytes:
+        """The client's request id, or one of our own."""
+        if not self._reply_id:
+            given = self._request_id
+            if given is None or not _is_request_id(given):
+                given = self.connection.front.next_request_id()
+            self._reply_id = given
+        return self._reply_id
+
     def disconnect(self) -> None:
         """The client is gone."""
         self.disconnected = True
@@ -347,14 +365,11 @@ class Exchange:
             return
         connection = self.connection
         front = connection.front
-        request_id = self._request_id
-        if request_id is None or not _is_request_id(request_id):
-            request_id = front.next_request_id()
         head = b"%b%b%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n" % (
             _STATUS[status],
             front.date,
             head,
-            request_id,
+            self._reply_id or self.reply_id(),
             b"" if self.keep_alive else b"connection: close\r\n",
             size,
         )

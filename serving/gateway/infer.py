@@ -22,6 +22,7 @@ from serving.errors import (
     ServingError,
     Unavailable,
 )
+from serving.gateway.trials import together
 
 if TYPE_CHECKING:
     from serving.core.inference import InferRequest
@@ -54,6 +55,9 @@ class Sink(Protocol):
     def header(self, name: bytes) -> bytes | None:
         """A header of the request that the route table asks for; `name` is lower-case."""
 
+    def reply_id(self) -> bytes:
+        """The request id that the reply carries, given or made up."""
+
 
 class Call:
     """One admitted request on its way. Times are `time.monotonic()` seconds."""
@@ -75,6 +79,7 @@ class Call:
         "sink",
         "suspect",
         "trial",
+        "unseen",
     )
 
     def __init__(
@@ -99,12 +104,15 @@ class Call:
         self.losses = 0
         self.suspect = False
         self.done = False
-        # Of a request in a rollout: where it is counted, the replica that had it, the requests that
-        # failed with it, and the deadline that is left if its arm does not keep its own.
-        self.trial: Trial | None = None
+        # The replica that had it last.
         self.replica = ""
+        # Of a request in a rollout: where it is counted, the requests that share its fate, and when
+        # the client's time is up, if the canary has only a part of it.
+        self.trial: Trial | None = None
         self.cluster: Cluster | None = None
         self.final_deadline = 0.0
+        # No client waits for it: it is there to be judged, and no metric of clients counts it.
+        self.unseen = False
 
     def fail(self, error: ServingError) -> None:
         """Answer with an error, once, and count it."""
@@ -113,20 +121,39 @@ class Call:
         self.done = True
         trial = self.trial
         if trial is not None and trial.failed(self, error):
-            self.arm.recorder.refused("shielded", monotonic() - self.arrival)
             return
-        self.arm.recorder.refused(error.slug, monotonic() - self.arrival)
+        self._let_go()
+        if not self.unseen:
+            self.arm.recorder.refused(error.slug, monotonic() - self.arrival)
         try:
             self.sink.failed(self, error)
         except Exception:
             # Whoever fails one call has others to see to.
             log.exception("an error of model %s could not be delivered", self.arm.arm.model)
 
+    def _let_go(self) -> None:
+        """Drop the inputs: a batch that still runs would hold them, and nobody counts them."""
+        if self.sent:
+            self.request = self.request.emptied()
+
+    def hand_over(self) -> bool:
+        """Let stable answer if the canary has had its part of the time; whether time is left.
+
+        The call itself goes on, to be judged by what it would have come to: by the client's
+        deadline, as stable's requests are.
+        """
+        if not self.final_deadline or self.trial is None:
+            return False
+        self.deadline, self.final_deadline = self.final_deadline, 0.0
+        self.trial.splitter.hand_over(self)
+        return True
+
     def cancel(self) -> None:
         """Forget the request: its caller is gone."""
         if self.done:
             return
         self.done = True
+        self._let_go()
         self.arm.recorder.refused("cancelled", monotonic() - self.arrival)
         self.arm.forget(self)
 
@@ -185,6 +212,8 @@ class Pipeline:
         for arm in self._batchers():
             for call in arm.outstanding():
                 arm.forget(call)
+                # No arm is to blame, and none is asked to help.
+                call.trial = None
                 call.fail(Unavailable("this gateway is shutting down", retry_after_s=1.0))
 
     def close(self) -> None:
@@ -222,18 +251,32 @@ class Pipeline:
         if earliest < math.inf:
             ended = monotonic()
             self._watch(max(earliest, ended + 9 * (ended - started)))
+        failing: dict[ArmBatcher, list[Call]] = {}
         for call in late:
-            call.arm.forget(call)
-            call.fail(_late(call))
+            if call.hand_over():
+                self.watch(call.deadline)
+            else:
+                failing.setdefault(call.arm, []).append(call)
+        for arm, calls in failing.items():
+            arm.blame(calls)
+            for call in calls:
+                arm.forget(call)
+                call.fail(_late(call))
 
 
-def in_time(calls: list[Call], now: float) -> list[Call]:
-    """Those that can still be answered in time; the others are told that they cannot."""
+def in_time(calls: list[Call], now: float, replica: str) -> list[Call]:
+    """Those that can still be answered in time; the others are told that they cannot.
+
+    They waited for `replica`.
+    """
     if all(call.deadline > now for call in calls):
         return calls
-    for call in calls:
-        if call.deadline <= now:
-            call.fail(_late(call))
+    late = [call for call in calls if call.deadline <= now]
+    late = [call for call in late if not call.hand_over() or call.deadline <= now]
+    together(late)
+    for call in late:
+        call.replica = replica
+        call.fail(_late(call))
     return [call for call in calls if not call.done]
 
 

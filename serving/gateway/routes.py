@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from serving.core.inference import Limits
@@ -44,7 +44,9 @@ class Routes:
         # What splitters report to: a new deadline, and a canary that was cut off.
         self.watch: Callable[[float], None] = _ignore
         self.breaker_opened: Callable[[], None] = _ignore
+        # By rollout; and of the table in force, by model.
         self._splitters: dict[str, Splitter] = {}
+        self._splits: dict[str, Splitter] = {}
         # Splits that ended, and since when: late answers are still counted.
         self._ended: dict[str, float] = {}
         self._arms: dict[_ArmKey, ArmBatcher] = {}
@@ -114,7 +116,7 @@ class Routes:
     def _split(self) -> None:
         """Make the splitters match the route table."""
         now = monotonic()
-        splits = {}
+        splits: dict[str, Splitter] = {}
         for route in self.table.models.values():
             split = route.split
             if split is None or split.canary not in route.arms:
@@ -123,28 +125,30 @@ class Routes:
             splitter = self._splitters.get(split.rollout)
             if splitter is None:
                 splitter = Splitter(
-                    split, stable, canary, watch=self.watch, breaker_opened=self.breaker_opened
+                    split,
+                    stable,
+                    canary,
+                    loop=self._loop,
+                    watch=self.watch,
+                    breaker_opened=self.breaker_opened,
                 )
             else:
                 splitter.configure(split, stable, canary)
-            splits[split.rollout] = splitter
-        for rollout in self._splitters.keys() - splits.keys():
-            self._ended.setdefault(rollout, now)
-        for rollout in splits:
-            self._ended.pop(rollout, None)
-        lately = {
-            r: s for r, s in self._splitters.items() if now - self._ended.get(r, now) < _LATE_S
-        }
-        self._splitters = {**lately, **splits}
-        self.headers = frozenset().union(*(s.headers for s in splits.values()))
+            splits[route.name] = splitter
+        current = {splitter.rollout: splitter for splitter in splits.values()}
+        ended = {r: self._ended.get(r, now) for r in self._splitters if r not in current}
+        self._ended = {r: since for r, since in ended.items() if now - since < _LATE_S}
+        lately = {rollout: self._splitters[rollout] for rollout in self._ended}
+        self._splits, self._splitters = splits, {**lately, **current}
+        headers = frozenset().union(*(s.headers for s in splits.values()))
+        if headers != self.headers:
+            # Known heads go by identity.
+            self.headers = headers
 
     def target(self, model: str, version: str | None = None) -> ArmBatcher | Splitter:
         """Where a request for a model goes. Raises `NotFound`."""
         arm = self.arm(model, version)
-        split = self.table.models[model].split
-        if version is None and split is not None and split.rollout in self._splitters:
-            return self._splitters[split.rollout]
-        return arm
+        return arm if version is not None else self._splits.get(model, arm)
 
     def _paths(self) -> Iterator[tuple[bytes, ArmBatcher | Splitter]]:
         for route in self.table.models.values():
@@ -167,12 +171,34 @@ class Routes:
         )
 
     def report_rollouts(self) -> dict[str, list[dict[str, Any]]]:
-        """What rollouts learn here: counts a trial and replica, and a summary a rollout."""
+        """What rollouts learn here.
+
+        Counts a trial and replica, what shadow traffic compared an epoch, a summary a rollout.
+        """
         splitters = self._splitters.values()
         return {
             "trials": [row for splitter in splitters for row in splitter.report()],
+            "shadows": [row for splitter in splitters for row in splitter.shadow.report()],
             "splits": [splitter.summary() for splitter in splitters],
         }
+
+    def feedback(self, items: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Join labels, items {"request_id", "label"}, to what was answered here.
+
+        Returns the ids that are known here, joined before perhaps.
+        """
+        known = []
+        for item in items:
+            request_id = str(item["request_id"])
+            key = request_id.encode("latin-1", "replace")
+            if any(s.memory.join(key, item["label"]) for s in self._splitters.values()):
+                known.append(request_id)
+        return known
+
+    def stop_shadows(self) -> None:
+        """Send no more copies to canaries."""
+        for splitter in self._splitters.values():
+            splitter.shadow.stop()
 
     def report(self) -> list[dict[str, Any]]:
         """Totals and gauges, one entry a version, those that have left too."""

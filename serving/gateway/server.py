@@ -74,6 +74,8 @@ class GatewayServer:
         self._tls: ssl.SSLContext | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._report_now = asyncio.Event()
+        # Of labels that the controller sent: the requests that were answered here.
+        self._joined: list[str] = []
 
     async def start(self) -> None:
         """Listen. Raises `ClusterError` when the port is taken."""
@@ -140,6 +142,7 @@ class GatewayServer:
     async def stop(self) -> None:
         """Stop listening, answer what was admitted within `drain_s`, report once more, close."""
         self._uvicorn.should_exit = True
+        self.routes.stop_shadows()
         # uvicorn closes the listener and idle connections, and waits for those that are not.
         await asyncio.wait([self._serving], timeout=self._config.drain_s)
         if not self._serving.done():
@@ -199,7 +202,15 @@ class GatewayServer:
         await _repeat(once, "report")
 
     async def _report(self) -> None:
-        await self._controller.call("report", self.report())
+        """Report, and take the labels that the controller answers with.
+
+        It sends a label until it hears that it was joined, so an answer that is lost does no harm.
+        """
+        payload = self.report()
+        answer = await self._controller.call("report", payload)
+        del self._joined[: len(payload["feedback_joined"])]
+        if isinstance(answer, Mapping):
+            self._joined += self.routes.feedback(answer.get("feedback") or ())
 
     def report(self) -> Mapping[str, Any]:
         """Totals since start and gauges, in plain JSON types."""
@@ -214,6 +225,7 @@ class GatewayServer:
             "unrouted": dict(self.front.unrouted),
             "models": self.routes.report(),
             "rollouts": self.routes.report_rollouts(),
+            "feedback_joined": list(self._joined),
             "bounds": {"seconds": list(SECONDS_BOUNDS), "rows": list(ROWS_BOUNDS)},
         }
 

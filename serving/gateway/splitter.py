@@ -7,16 +7,20 @@ fails is answered by stable within its deadline, and the client never knows.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING, Any, Final
 
 from serving.core.assignment import unit_hash, unit_point
 from serving.core.routing import Arm, Split
 from serving.errors import ServingError
 from serving.gateway.breaker import Breaker
-from serving.gateway.infer import TICK_S, Call, monotonic
+from serving.gateway.infer import TICK_S, Call, Sink, monotonic
+from serving.gateway.observer import Memory, Observer
+from serving.gateway.shadow import Shadow
 from serving.gateway.trials import CANARY, STABLE, Trial
 
 if TYPE_CHECKING:
@@ -25,9 +29,14 @@ if TYPE_CHECKING:
     from serving.gateway.batcher import ArmBatcher
     from serving.gateway.recorder import ArmRecorder
 
+log = logging.getLogger(__name__)
+
 # Of its time a shielded request spends at most so much at the canary: the rest is stable's.
 _CANARY_SHARE: Final = 0.5
-REQUEST_ID: Final = b"x-request-id"
+_REQUEST_ID: Final = b"x-request-id"
+_COOKIE: Final = b"cookie"
+# So many failed units are remembered an arm, the latest.
+_MAX_UNITS: Final = 1 << 16
 
 
 class Splitter:
@@ -39,6 +48,7 @@ class Splitter:
         stable: ArmBatcher,
         canary: ArmBatcher,
         *,
+        loop: asyncio.AbstractEventLoop,
         watch: Callable[[float], None],
         breaker_opened: Callable[[], None],
     ) -> None:
@@ -50,6 +60,13 @@ class Splitter:
         # Which requests are drawn must not be guessed from others; nothing more depends on it.
         self._draw = random.Random().random
         self._trials: dict[tuple[int, str], Trial] = {}
+        # By arm, in order of their first failure.
+        self._failed_units: dict[str, OrderedDict[int, None]] = {
+            STABLE: OrderedDict(),
+            CANARY: OrderedDict(),
+        }
+        self.shadow = Shadow(split.rollout, loop, watch)
+        self.memory = Memory()
         self.configure(split, stable, canary)
 
     def configure(self, split: Split, stable: ArmBatcher, canary: ArmBatcher) -> None:
@@ -59,10 +76,25 @@ class Splitter:
         self._salt = split.salt.encode()
         self._shield = split.shield
         self._overrides = [(n.encode(), v.encode(), arm) for n, v, arm in split.overrides]
-        kind, _, name = split.unit.partition(":")
-        self._unit_kind, self._unit_name = kind, name
+        # What sticks to an arm; it gives None where a request is drawn by itself.
+        self._unit = _unit_finder(split.unit)
+        self.headers = frozenset({*(n for n, _, _ in self._overrides), *_unit_headers(split.unit)})
         self._stable_trial = self._trial(split.epoch, STABLE)
         self._canary_trial = self._trial(split.epoch, CANARY)
+        self.memory.configure(split.feedback)
+        self._stable_trial.observer = self._canary_trial.observer = self._observer(split)
+        self.shadow.configure(split, stable, canary)
+        self._shadowing = split.shadow > 0
+
+    def _observer(self, split: Split) -> Observer | None:
+        if not split.observe and not split.feedback:
+            return None
+        memory = self.memory if split.feedback else None
+        try:
+            return Observer(split, self.stable.arm.signature, memory)
+        except ValueError as error:
+            log.warning("rollout %s: predictions are not observed: %s", self.rollout, error)
+            return None
 
     def _trial(self, epoch: int, arm: str) -> Trial:
         return self._trials.setdefault((epoch, arm), Trial(self, self.rollout, epoch, arm))
@@ -85,10 +117,10 @@ class Splitter:
         return self.stable.recorder
 
     def admit(self, call: Call) -> None:
-        """Choose the arm of a request and queue it there.
+        """Choose the arm of a request and queue it there. Raises `Overloaded` or `Unavailable`.
 
-        Raises `Overloaded` or `Unavailable`, for stable only: a canary that has no room or no
-        replica is passed over, and the request is then in neither arm's counts.
+        A canary that has no room or no replica is passed over, and the request is then in neither
+        arm's counts.
         """
         chosen = self._override(call) if self._overrides else None
         if chosen is not None:
@@ -102,35 +134,28 @@ class Splitter:
             point = self._draw() if unit is None else unit_point(self._salt, unit)
             if point >= self._weight:
                 call.trial = self._stable_trial
+                if self._shadowing:
+                    self.shadow.sample(call)
             elif self._admit_to_canary(call):
                 return
-        call.arm = self.stable
         self.stable.admit(call)
 
     def _admit_to_canary(self, call: Call) -> bool:
-        canary = self.canary
-        if not canary.ready or not self.breaker.lets_through() or not canary.has_room(call):
-            self.diverted += 1
-            return False
-        call.arm = canary
-        call.trial = self._canary_trial
+        canary, deadline = self.canary, call.deadline
         if self._shield:
-            call.final_deadline = call.deadline
-            call.deadline = call.arrival + _CANARY_SHARE * (call.deadline - call.arrival)
-        canary.admit(call)
-        return True
+            call.final_deadline = deadline
+            call.deadline = call.arrival + _CANARY_SHARE * (deadline - call.arrival)
+        # Last the breaker: it lets few through once it is open.
+        if canary.ready and canary.has_room(call) and self.breaker.lets_through():
+            call.arm = canary
+            call.trial = self._canary_trial
+            canary.admit(call)
+            return True
+        call.deadline, call.final_deadline = deadline, 0.0
+        self.diverted += 1
+        return False
 
     # Units.
-
-    @property
-    def headers(self) -> set[bytes]:
-        """The request headers that the split depends on; names are lower-case."""
-        names = {name for name, _, _ in self._overrides}
-        if self._unit_kind == "header":
-            names.add(self._unit_name.lower().encode())
-        elif self._unit_kind == "cookie":
-            names.add(b"cookie")
-        return names
 
     def _override(self, call: Call) -> str | None:
         for name, value, arm in self._overrides:
@@ -138,22 +163,19 @@ class Splitter:
                 return arm
         return None
 
-    def _unit(self, call: Call) -> bytes | None:
-        """What sticks to an arm; None where every request is drawn by itself."""
-        kind = self._unit_kind
-        if kind == "request":
-            return call.sink.header(REQUEST_ID)
-        if kind == "header":
-            return call.sink.header(self._unit_name.lower().encode())
-        if kind == "cookie":
-            return _cookie(call.sink.header(b"cookie"), self._unit_name)
-        value = call.request.parameters.get(self._unit_name)
-        return None if value is None else str(value).encode()
-
-    def unit_hash(self, call: Call) -> int | None:
-        """What a failed unit is remembered by; None where requests are not units of more."""
+    def first_failure(self, arm: str, call: Call) -> bool:
+        """Whether the call's unit has not failed in this arm before; then it is remembered."""
         unit = self._unit(call)
-        return None if unit is None else unit_hash(self._salt, unit)
+        if unit is None:
+            return True
+        failed = self._failed_units[arm]
+        key = unit_hash(self._salt, unit)
+        if key in failed:
+            return False
+        failed[key] = None
+        if len(failed) > _MAX_UNITS:
+            failed.popitem(last=False)
+        return True
 
     # The shield.
 
@@ -162,17 +184,26 @@ class Splitter:
 
         With a `judge`, the failure is counted there only if stable does answer.
         """
-        deadline = call.final_deadline or call.deadline
-        if not self._shield or self.stable.closed or deadline <= monotonic() + TICK_S:
+        if not self._shield:
             return False
         sink = call.sink if judge is None else _Judged(call, judge)
-        leg = Call(self.stable, call.request, sink, call.arrival, deadline, call.level)
-        try:
-            self.stable.admit(leg)
-        except ServingError:
+        return self._ask_stable(call, sink, call.final_deadline or call.deadline)
+
+    def hand_over(self, call: Call) -> None:
+        """Let stable answer, if it can, what the canary has not yet: that is only judged then."""
+        if self._ask_stable(call, call.sink, call.deadline):
+            call.sink, call.unseen = _Nobody(call.sink), True
+
+    def _ask_stable(self, call: Call, sink: Sink, deadline: float) -> bool:
+        if self.stable.closed or deadline <= monotonic() + TICK_S:
             return False
+        leg = Call(self.stable, call.request, sink, call.arrival, deadline, call.level)
+        if not self.stable.has_room(leg):
+            return False
+        self.stable.admit(leg)
         self.shielded += 1
-        call.sink.moved(leg)
+        call.arm.recorder.refused("shielded", monotonic() - call.arrival)
+        sink.moved(leg)
         self._watch(deadline)
         return True
 
@@ -191,6 +222,25 @@ class Splitter:
             "overridden": self.overridden,
             "diverted": self.diverted,
         }
+
+
+class _Nobody:
+    """The sink of a request that its client waits for no more."""
+
+    def __init__(self, was: Sink) -> None:
+        self.header = was.header
+
+    def answered(self, call: Call, answer: BatchAnswer, position: int) -> float:
+        return monotonic()
+
+    def failed(self, call: Call, error: ServingError) -> None:
+        pass
+
+    def moved(self, call: Call) -> None:
+        pass
+
+    def reply_id(self) -> bytes:
+        return b""
 
 
 class _Judged:
@@ -214,12 +264,35 @@ class _Judged:
     def header(self, name: bytes) -> bytes | None:
         return self._call.sink.header(name)
 
+    def reply_id(self) -> bytes:
+        return self._call.sink.reply_id()
 
-def _cookie(header: bytes | None, name: str) -> bytes | None:
-    if header is None:
-        return None
-    try:
-        cookies: SimpleCookie = SimpleCookie(header.decode("latin-1"))
-    except CookieError:
-        return None
-    return cookies[name].value.encode("latin-1") if name in cookies else None
+
+def _unit_headers(unit: str) -> list[bytes]:
+    """The request headers that a kind of unit is found in; names are lower-case."""
+    kind, _, name = unit.partition(":")
+    return {"header": [name.lower().encode()], "cookie": [_COOKIE]}.get(kind, [])
+
+
+def _unit_finder(unit: str) -> Callable[[Call], bytes | None]:
+    """Finds a request's unit, which is of a kind that `Split` names."""
+    kind, _, name = unit.partition(":")
+    if kind == "parameter":
+        return lambda call: _text(call.request.parameters.get(name))
+    if kind == "cookie":
+        return lambda call: _cookie(call.sink.header(_COOKIE), name.encode())
+    header = name.lower().encode() if kind == "header" else _REQUEST_ID
+    return lambda call: call.sink.header(header)
+
+
+def _text(value: object) -> bytes | None:
+    return None if value is None else str(value).encode()
+
+
+def _cookie(header: bytes | None, name: bytes) -> bytes | None:
+    """A cookie's value. Whatever else is in the header, well-formed or not, is passed over."""
+    for pair in (header or b"").split(b";"):
+        key, separator, value = pair.partition(b"=")
+        if separator and key.strip() == name:
+            return value.strip().strip(b'"')
+    return None

@@ -11,23 +11,24 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from serving.core.predictions import Codes, name_of
 from serving.core.rollout_counts import LATENCY_BOUNDS
 from serving.errors import InvalidRequest, Overloaded, ServingError
 
 if TYPE_CHECKING:
+    from serving.gateway.answers import BatchAnswer
     from serving.gateway.infer import Call
+    from serving.gateway.observer import Observer
     from serving.gateway.splitter import Splitter
 
 STABLE: Final = "stable"
 CANARY: Final = "canary"
 _MAX_PENDING: Final = 8192
-# A unit's failures beyond so many units are not counted at all: neither arm's, so neither gains.
-_MAX_UNITS: Final = 1 << 16
 _BOUNDS: Final = np.array(LATENCY_BOUNDS)
 
 
@@ -59,6 +60,36 @@ class Latencies:
             self._pending = array("d")
 
 
+class Predictions:
+    """How often each was made; they are named and counted many at a time."""
+
+    __slots__ = ("_counts", "_pending", "_size")
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._pending: list[Codes] = []
+        self._size = 0
+
+    def extend(self, codes: Codes) -> None:
+        """Add predictions."""
+        self._pending.append(codes)
+        self._size += len(codes)
+        if self._size >= _MAX_PENDING:
+            self._settle()
+
+    def to_dict(self) -> dict[str, int]:
+        """Counts by name."""
+        self._settle()
+        return dict(self._counts)
+
+    def _settle(self) -> None:
+        if self._pending:
+            values, counts = np.unique(np.concatenate(self._pending), return_counts=True)
+            self._pending, self._size = [], 0
+            for value, n in zip(values.tolist(), counts.tolist(), strict=True):
+                self._counts[name_of(value)] += n
+
+
 class Tally:
     """The counts of one replica in a trial."""
 
@@ -77,7 +108,7 @@ class Tally:
     def __init__(self) -> None:
         self.requests = self.failed = self.batches = self.failed_batches = 0
         self.latency, self.batch_latency = Latencies(), Latencies()
-        self.predictions: Counter[str] = Counter()
+        self.predictions = Predictions()
         self.labels = self.wrong = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,24 +120,73 @@ class Tally:
             "failed_batches": self.failed_batches,
             "latency": self.latency.to_dict(),
             "batch_latency": self.batch_latency.to_dict(),
-            "predictions": dict(self.predictions),
+            "predictions": self.predictions.to_dict(),
             "labels": {"n": self.labels, "k": self.wrong},
         }
 
 
 class Cluster:
-    """Requests whose first run failed together: whatever comes of each, one failed batch."""
+    """Requests of one fate: their run failed, their replica was lost, or they waited behind it.
 
-    __slots__ = ("counted",)
+    Whatever comes of each, a trial counts them as one batch, and as one that failed if any did.
+    """
+
+    __slots__ = ("_failed", "_tallies")
 
     def __init__(self) -> None:
-        self.counted = False
+        # By trial, where the batch was counted: its failure goes to the same replica.
+        self._tallies: dict[Trial, Tally] = {}
+        self._failed: set[object] = set()
+
+    def count(self, trial: Trial, tally: Tally) -> bool:
+        """Count the batch, unless it has been; whether it was now."""
+        if trial in self._tallies:
+            return False
+        self._tallies[trial] = tally
+        tally.batches += 1
+        return True
+
+    def count_failure(self, trial: Trial, tally: Tally) -> bool:
+        """Count the batch as failed, unless it has been; whether it was now."""
+        if not self.first(trial):
+            return False
+        self.count(trial, tally)
+        self._tallies[trial].failed_batches += 1
+        return True
+
+    def first(self, who: object) -> bool:
+        """Whether `who` hears of the failure for the first time."""
+        if who in self._failed:
+            return False
+        self._failed.add(who)
+        return True
+
+
+def together(calls: Sequence[Call]) -> None:
+    """Note that these requests have one fate, one that some of them shared before perhaps."""
+    cluster = next((call.cluster for call in calls if call.cluster is not None), None) or Cluster()
+    for call in calls:
+        if call.cluster is None:
+            call.cluster = cluster
 
 
 class Trial:
-    """One arm in one epoch. `pending` collects the latencies of the batch at hand."""
+    """One arm in one epoch.
 
-    __slots__ = ("arm", "epoch", "failed_units", "pending", "rollout", "splitter", "tallies")
+    `pending` collects the latencies of the batch at hand, and `answered` with an `observer` the
+    positions of its requests in it.
+    """
+
+    __slots__ = (
+        "answered",
+        "arm",
+        "epoch",
+        "observer",
+        "pending",
+        "rollout",
+        "splitter",
+        "tallies",
+    )
 
     def __init__(self, splitter: Splitter, rollout: str, epoch: int, arm: str) -> None:
         self.splitter = splitter
@@ -114,8 +194,9 @@ class Trial:
         self.epoch = epoch
         self.arm = arm
         self.pending: list[float] = []
+        self.answered: list[int] = []
+        self.observer: Observer | None = None
         self.tallies: dict[str, Tally] = {}
-        self.failed_units: set[int] = set()
 
     def tally(self, replica: str) -> Tally:
         """The counts of one replica."""
@@ -124,57 +205,53 @@ class Trial:
             tally = self.tallies[replica] = Tally()
         return tally
 
-    def batch_answered(self, replica: str) -> None:
-        """Count the pending answers, which came of one run."""
+    def batch_answered(self, replica: str, batch: Sequence[Call], answer: BatchAnswer) -> None:
+        """Count the pending answers, which came of this run."""
         latencies, self.pending = self.pending, []
         tally = self.tally(replica)
+        cluster = batch[0].cluster
         tally.requests += len(latencies)
-        tally.batches += 1
         tally.latency.extend(latencies)
-        tally.batch_latency.extend([max(latencies)])
+        if cluster is None:
+            tally.batches += 1
+        if cluster is None or cluster.count(self, tally):
+            tally.batch_latency.extend([max(latencies)])
         if self.arm == CANARY:
             self.splitter.breaker.succeeded()
+        if self.observer is not None:
+            positions, self.answered = self.answered, []
+            self.observer.note(self, replica, batch, positions, answer)
 
     def failed(self, call: Call, error: ServingError) -> bool:
         """A request of this arm failed: count it, and say whether stable answers it instead.
 
         An input that the canary's model refuses is the client's fault if stable refuses it too, so
-        that is counted once stable has answered.
+        that is counted once stable has answered; without a shield it is not asked.
         """
-        if isinstance(error, Overloaded):
-            return self.arm == CANARY and self.splitter.take_over(call, None)
-        invalid = isinstance(error, InvalidRequest)
-        if not invalid:
+        if not isinstance(error, Overloaded | InvalidRequest):
             self.count_failure(call)
-        if self.arm == STABLE:
+        if self.arm == STABLE or call.unseen:
             return False
-        return self.splitter.take_over(call, self if invalid else None)
+        judge = self if isinstance(error, InvalidRequest) else None
+        return self.splitter.take_over(call, judge)
 
     def count_failure(self, call: Call) -> None:
         """Count a failed request; of a batch, and of a unit that sticks to its arm, the first."""
-        if not self._first_of_unit(call):
-            return
         tally = self.tally(call.replica)
         tally.requests += 1
+        if not self.splitter.first_failure(self.arm, call):
+            return
         tally.failed += 1
-        cluster = call.cluster
-        if cluster is None or not cluster.counted:
-            tally.batches += 1
-            tally.failed_batches += 1
-            if cluster is not None:
-                cluster.counted = True
-            if self.arm == CANARY:
-                self.splitter.breaker.failed()
+        first = (call.cluster or Cluster()).count_failure(self, tally)
+        # Requests that waited in vain are no batches, but reason enough to send no more.
+        if self.arm == CANARY and (first or not call.sent):
+            self.splitter.breaker.failed()
 
-    def _first_of_unit(self, call: Call) -> bool:
-        unit = self.splitter.unit_hash(call)
-        if unit is None:
-            return True
-        if unit in self.failed_units or len(self.failed_units) >= _MAX_UNITS:
-            self.tally(call.replica).requests += 1
-            return False
-        self.failed_units.add(unit)
-        return True
+    def label(self, replica: str, *, wrong: bool) -> None:
+        """Count a label of an answer that a replica gave."""
+        tally = self.tally(replica)
+        tally.labels += 1
+        tally.wrong += wrong
 
     def report(self) -> Iterator[dict[str, Any]]:
         """A row a replica."""

@@ -85,3 +85,30 @@ events: Final = Table(
     Column("body", JSON, nullable=False),
     sqlite_autoincrement=True,
 )
+
+# Every rollout that ever was; `finished_at` is empty while ticks can still change it.
+rollouts: Final = Table(
+    "rollouts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("body", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("updated_at", Double, nullable=False),
+    Column("finished_at", Double, nullable=True),
+)
+
+# Append-only, without gaps; `hash` covers the row and the hash of the one before it.
+audit: Final = Table(
+    "audit",
+    metadata,
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", Double, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("body", JSON, nullable=False),
+    Column("prev_hash", Text, nullable=False),
+    Column("hash", Text, nullable=False),
+)

@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, delete, insert, select
+from sqlalchemy import Connection, Engine, Table, delete, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from serving.errors import ConflictError
+from serving.store import audit as audit_log
 from serving.store import engine as engines
+from serving.store.audit import AuditEntry, AuditRow
 from serving.store.schema import counters, desired, events, pins, route_table, versions
+from serving.store.schema import rollouts as rollout_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,18 @@ class Event:
     at: float
     kind: str
     body: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRow:
+    """A rollout. `body` is its writer's; `finished_at` is None while ticks can still change it."""
+
+    id: str
+    model: str
+    state: str
+    body: Mapping[str, Any]
+    created_at: float
+    finished_at: float | None
 
 
 def open_store(url: str, *, clock: Callable[[], float] = time.time) -> Store:
@@ -98,35 +113,36 @@ class Store:
         with self._write() as db:
             self._save_desired(db, config, expected)
 
-    def apply(
+    def commit(
         self,
-        config: dict[str, Any],
-        new_pins: Sequence[PinRow],
-        event: tuple[str, dict[str, Any]],
         *,
+        desired: dict[str, Any] | None = None,
         expected: int | None = None,
+        pins: Sequence[PinRow] | None = None,
+        rollouts: Sequence[RolloutRow] = (),
+        route_table: dict[str, Any] | None = None,
+        audit: Sequence[AuditEntry] = (),
+        event: tuple[str, dict[str, Any]] | None = None,
     ) -> None:
-        """Replace the document and all pins, and log `event` (kind, body), together or not at all.
+        """Write what changed, together or not at all.
 
-        The pins' digests are added to those of `digests`. Raises `ConflictError` as `save_desired`
-        does.
+        `desired` replaces the document, `pins` all pins (their digests are added to those of
+        `digests`), `rollouts` their rows, `route_table` the table; `audit` and `event` (kind, body)
+        are appended to their logs. Raises `ConflictError` as `save_desired` and `save_route_table`
+        do.
         """
         with self._write() as db:
-            self._save_desired(db, config, expected)
-            db.execute(delete(pins))
-            for pin in new_pins:
-                _upsert(db, pins, asdict(pin))
-                _insert_once(
-                    db,
-                    versions,
-                    {
-                        "model": pin.model,
-                        "version": pin.version,
-                        "digest": pin.digest,
-                        "first_applied_at": pin.resolved_at,
-                    },
-                )
-            self._append(db, *event)
+            if desired is not None:
+                self._save_desired(db, desired, expected)
+            if pins is not None:
+                _replace_pins(db, pins)
+            for row in rollouts:
+                _upsert(db, rollout_table, {**asdict(row), "updated_at": self._clock()})
+            if route_table is not None:
+                self._save_route_table(db, route_table)
+            audit_log.append(db, audit)
+            if event is not None:
+                self._append(db, *event)
 
     def digests(self) -> dict[tuple[str, str], str]:
         """(model, version) to the digest that it had when it was first applied."""
@@ -151,15 +167,59 @@ class Store:
 
         Raises `ConflictError` if it is not: another controller has published meanwhile.
         """
-        revision = int(table["revision"])
         with self._write() as db:
-            if revision <= (saved := _revision(db, route_table)):
-                raise ConflictError(
-                    f"route table revision {revision} is not above the saved revision {saved}: "
-                    "another controller writes to this store"
-                )
-            row = {"id": 1, "revision": revision, "body": table, "updated_at": self._clock()}
-            _upsert(db, route_table, row)
+            self._save_route_table(db, table)
+
+    # Rollouts.
+
+    def rollouts(
+        self, *, active: bool | None = None, model: str | None = None, limit: int = 100
+    ) -> list[RolloutRow]:
+        """At most `limit` rollouts, newest first; `active`: only those not finished, or only those.
+
+        `model`: of this model only.
+        """
+        found = rollout_table.c
+        query = select(*(found[name] for name in RolloutRow.__dataclass_fields__))
+        if active is not None:
+            query = query.where(found.finished_at.is_(None) == active)
+        if model is not None:
+            query = query.where(found.model == model)
+        query = query.order_by(found.created_at.desc(), found.id.desc()).limit(limit)
+        with self._read() as db:
+            return [RolloutRow(**row) for row in db.execute(query).mappings()]
+
+    def rollout(self, rollout_id: str) -> RolloutRow | None:
+        """The rollout of this id."""
+        found = rollout_table.c
+        query = select(*(found[name] for name in RolloutRow.__dataclass_fields__))
+        with self._read() as db:
+            row = db.execute(query.where(found.id == rollout_id)).mappings().one_or_none()
+            return None if row is None else RolloutRow(**row)
+
+    def count_rollouts(self, model: str) -> int:
+        """How many rollouts a model has had."""
+        with self._read() as db:
+            query = select(func.count()).where(rollout_table.c.model == model)
+            return db.execute(query).scalar_one()
+
+    # The audit log.
+
+    def audit(
+        self, *, after: int | None = None, limit: int = 100, subject: str | None = None
+    ) -> list[AuditRow]:
+        """At most `limit` entries, oldest first: those after number `after`, or else the last ones.
+
+        `subject`: only those about one rollout or model.
+        """
+        with self._read() as db:
+            return audit_log.read(db, after=after, limit=limit, subject=subject)
+
+    def verify_audit(self) -> str:
+        """A sentence about the intact log. Raises `StoreError` that names the first bad entry."""
+        return audit_log.verify(
+            audit_log.pages(lambda after, limit: self.audit(after=after, limit=limit))
+        )
 
     # Totals.
 
@@ -169,11 +229,12 @@ class Store:
             rows = db.execute(select(counters.c.instance, counters.c.body))
             return {row.instance: row.body for row in rows}
 
-    def save_counters(self, instance: str, blob: dict[str, Any]) -> None:
-        """Replace one instance's blob."""
+    def save_counters(self, blobs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replace the blobs of some instances, together or not at all."""
         with self._write() as db:
-            row = {"instance": instance, "body": blob, "updated_at": self._clock()}
-            _upsert(db, counters, row)
+            for instance, blob in blobs.items():
+                row = {"instance": instance, "body": dict(blob), "updated_at": self._clock()}
+                _upsert(db, counters, row)
 
     def fold_counters(self, instance: str, blob: dict[str, Any], folded: Sequence[str]) -> None:
         """Replace one instance's blob and drop those of `folded`, together or not at all."""
@@ -205,6 +266,16 @@ class Store:
         row = {"id": 1, "revision": revision + 1, "config": config, "updated_at": self._clock()}
         _upsert(db, desired, row)
 
+    def _save_route_table(self, db: Connection, table: dict[str, Any]) -> None:
+        revision = int(table["revision"])
+        if revision <= (saved := _revision(db, route_table)):
+            raise ConflictError(
+                f"route table revision {revision} is not above the saved revision {saved}: "
+                "another controller writes to this store"
+            )
+        row = {"id": 1, "revision": revision, "body": table, "updated_at": self._clock()}
+        _upsert(db, route_table, row)
+
     def _append(self, db: Connection, kind: str, body: dict[str, Any]) -> None:
         db.execute(insert(events).values(at=self._clock(), kind=kind, body=body))
 
@@ -222,6 +293,22 @@ class Store:
 def _revision(db: Connection, table: Table) -> int:
     """The revision in a one-row table; 0 without a row."""
     return db.execute(select(table.c.revision)).scalar_one_or_none() or 0
+
+
+def _replace_pins(db: Connection, rows: Sequence[PinRow]) -> None:
+    db.execute(delete(pins))
+    for pin in rows:
+        _upsert(db, pins, asdict(pin))
+        _insert_once(
+            db,
+            versions,
+            {
+                "model": pin.model,
+                "version": pin.version,
+                "digest": pin.digest,
+                "first_applied_at": pin.resolved_at,
+            },
+        )
 
 
 def _insert_once(db: Connection, table: Table, row: dict[str, Any]) -> None:

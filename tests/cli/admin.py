@@ -16,7 +16,7 @@ from tests.control.world import World
 from tests.e2e.deployment import eventually, free_port
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -27,7 +27,7 @@ def admin_api(home: Path, models: dict[str, Any]) -> Iterator[int]:
     """Serve `models`, all of them ready; the port."""
     port = free_port()
     world = World(home)
-    servers: list[_Server] = []
+    servers: list[Server] = []
 
     async def work() -> None:
         controller = await world.controller()
@@ -35,7 +35,7 @@ def admin_api(home: Path, models: dict[str, Any]) -> Iterator[int]:
         await world.settle(controller)
         app = create_app(controller, host="127.0.0.1", ray_version="2.60")
         config = uvicorn.Config(app, port=port, log_config=None, lifespan="off")
-        servers.append(_Server(config))
+        servers.append(Server(config))
         await servers[0].serve()
 
     thread = threading.Thread(target=lambda: asyncio.run(work()))

@@ -203,7 +203,7 @@ def test_a_version_that_cannot_start_is_reported_and_the_old_one_serves(
     restored: Deployment,
 ) -> None:
     with Load(restored.port, "/v2/models/mlp/infer", [body()], connections=2) as load:
-        done = restored.apply({"mlp": {"version": "2", "device": "cuda"}})
+        done = restored.apply({"mlp": {"version": "2", "device": "cuda", "rollout": "immediate"}})
         assert done.returncode == 1
         assert "mlp version 2" in done.stderr
         assert "cuda" in done.stderr.lower()

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.control.admin import MAX_BODY, create_app
+from serving.control.admin import create_app
+from serving.control.bodies import MAX_BODY
 from tests.control.world import World, gateway_report, model_row
 
 Call = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]

@@ -43,8 +43,9 @@ def test_gauges_are_those_of_the_living() -> None:
 def test_only_changed_counts_are_written() -> None:
     totals = Totals({})
     totals.report(gateway_report("g1", models=[model_row("1", 5)]), 0.0)
-    (unsaved,) = totals.unsaved().items()
-    totals.saved(*unsaved)
+    unsaved = totals.unsaved()
+    assert len(unsaved) == 1
+    totals.saved(unsaved)
     totals.report(gateway_report("g1", models=[model_row("1", 5, queue_depth=9)]), 1.0)
     assert totals.unsaved() == {}
     totals.report(gateway_report("g1", models=[model_row("1", 6)]), 2.0)

@@ -9,9 +9,11 @@ from typing import Any
 
 from serving.config import ServingConfig, parse_config
 from serving.control.controller import Controller
+from serving.control.notices import Notice
 from serving.control.reconcile import Clock
-from serving.control.state import AppStatus, Resolved
+from serving.control.state import AppStatus, NoProviders, Resolved
 from serving.core.plan import AppSpec, Phase
+from serving.core.rollout_types import Hook, ProviderState, Rollout
 from serving.core.types import Batch, Signature, TensorSpec
 from serving.errors import RegistryError
 from serving.store.sql import Store, open_store
@@ -29,13 +31,17 @@ class Crash(BaseException):
 class FakeCluster:
     """Applications that become ready when `announce` says so.
 
-    Versions that are `broken` fail at their start; those that are `refused` are never started.
+    Versions that are `broken` fail at their start, those that are `refused` are never started,
+    those that are `silent` say nothing any more. `generation` counts how often replicas of a
+    version were replaced.
     """
 
     apps: dict[str, AppSpec] = field(default_factory=dict)
     phases: dict[str, Phase] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
+    silent: set[str] = field(default_factory=set)
+    generation: dict[str, int] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     now: float = 1000.0
@@ -61,11 +67,14 @@ class FakeCluster:
         found = []
         for name in self.phases:
             app = self.apps[name]
+            if app.replica.version in self.silent:
+                continue
+            first = app.count * self.generation.get(app.replica.version, 0)
             failed = app.replica.version in self.broken
             if not failed:
                 self.phases[name] = Phase.RUNNING
             found += [
-                announcement(app, i, state="failed" if failed else "ready")
+                announcement(app, first + i, state="failed" if failed else "ready")
                 for i in range(app.count)
             ]
         return found
@@ -98,10 +107,14 @@ class FakeResolver:
 
     champion: str = "1"
     digests: dict[str, str] = field(default_factory=dict)
+    signatures: dict[str, Signature] = field(default_factory=dict)
+    gone: bool = False
     calls: int = 0
 
     def resolve(self, refs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Resolved]:
         self.calls += 1
+        if self.gone:
+            raise RegistryError("the registry does not answer")
         return {(model, ref): self._one(ref) for model, ref in refs}
 
     def _one(self, ref: str) -> Resolved:
@@ -109,7 +122,24 @@ class FakeResolver:
         if version not in ("1", "2", "3"):
             raise RegistryError(f"no version {ref}")
         digest = self.digests.get(version, f"sha256:{version * 64}")
-        return Resolved(version, digest, "onnxruntime_onnx", SIGNATURE)
+        signature = self.signatures.get(version, SIGNATURE)
+        return Resolved(version, digest, "onnxruntime_onnx", signature)
+
+
+class FakeProviders(NoProviders):
+    """Answers what it was told to, and remembers what it was to tell."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, ProviderState] = {}
+        self.notices: list[Notice] = []
+
+    def poll(
+        self, rollout: Rollout, now: float, hooks: Sequence[Hook] = ()
+    ) -> dict[str, ProviderState]:
+        return dict(self.answers)
+
+    def emit(self, notice: Notice) -> None:
+        self.notices.append(notice)
 
 
 class Bomb:
@@ -143,17 +173,23 @@ class World:
     deployment: str = "first"
     cluster: FakeCluster = field(default_factory=FakeCluster)
     resolver: FakeResolver = field(default_factory=FakeResolver)
+    providers: FakeProviders = field(default_factory=lambda: FakeProviders())
     monotonic: float = 0.0
 
     def __post_init__(self) -> None:
         self.store: Store = open_store(f"sqlite:///{self.home / 'store.db'}")
 
     def config(self, models: dict[str, Any] | None = None) -> ServingConfig:
-        raw = {"home": str(self.home), "models": models or {}}
+        # What is not about rollouts is told without them.
+        models = {n: {"rollout": "immediate", **m} for n, m in (models or {}).items()}
+        raw = {"home": str(self.home), "models": models}
         return parse_config(raw, source="test")
 
     async def controller(self, wrap: Callable[[Any, str], Any] = lambda x, _: x) -> Controller:
-        """A new controller process, on what the last one left."""
+        """A new controller process, on what the last one left.
+
+        `wrap` may replace what it works through: store, cluster, providers and board.
+        """
         controller = Controller(
             self.config(),
             self.deployment,
@@ -161,8 +197,10 @@ class World:
             cluster=wrap(self.cluster, "cluster"),
             resolver=self.resolver,
             clock=Clock(lambda: self.monotonic, lambda: 1000.0 + self.monotonic),
+            providers=lambda _: wrap(self.providers, "providers"),
         )
         await controller.load()
+        controller.board = controller.reconciler.board = wrap(controller.board, "board")
         return controller
 
     def announce(self, controller: Controller) -> None:

@@ -190,17 +190,20 @@ def test_a_killed_gateway_comes_back(home: Path) -> None:
 
 
 def test_a_new_version_replaces_the_old_without_a_failed_request(home: Path) -> None:
+    at_once = {"rollout": "immediate"}
     with (
         Deployment(home, {"mlp": {"version": "1"}}) as deployment,
         Load(deployment.port, MLP, [mlp_body(1)], pause_s=0.001) as load,
     ):
         load.wait_for(500)
         old = replicas(deployment, "mlp")[0]["pid"]
-        applied = deployment.apply({"mlp": {"version": "2"}})
+        applied = deployment.apply({"mlp": {"version": "2", **at_once}})
         assert applied.returncode == 0, applied.stderr
         load.wait_for_version("2")
         eventually(lambda: not alive(old), "the old replica has ended")
-        applied = deployment.apply({"mlp": {"version": "1", "batching": {"max_size": 32}}})
+        applied = deployment.apply(
+            {"mlp": {"version": "1", "batching": {"max_size": 32}, **at_once}}
+        )
         assert applied.returncode == 0, applied.stderr
         before = load.answers[200, "1"]
         eventually(lambda: load.answers[200, "1"] > before + 200, "version 1 answers again")

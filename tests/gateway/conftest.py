@@ -9,6 +9,7 @@ import pytest
 
 from tests.gateway.harness import Gateway, Replica, ReplicaProcess, arm
 from tests.gateway.models import VECTOR, ScriptedBackend, build
+from tests.gateway.rollouts import Rollout
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +69,16 @@ def replica(run_dir: Path) -> Iterator[Replica]:
     yield replica
     replica.backend.gate.set()
     replica.stop()
+
+
+@pytest.fixture
+def rollout(gateway: Gateway, run_dir: Path) -> Iterator[Rollout]:
+    """Version 1 of m and a canary, version 2, whose models are under control."""
+    replicas = [Replica(ScriptedBackend(), run_dir, name) for name in ("stable-1", "canary-1")]
+    yield Rollout(gateway, *replicas)
+    for replica in replicas:
+        replica.backend.gate.set()
+        replica.stop()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import uvloop
 
 from serving import tls
 from serving.config import GatewayConfig
-from serving.core.routing import Arm, Endpoint, ModelRoute, RouteTable
+from serving.core.routing import Arm, Endpoint, ModelRoute, RouteTable, Split
 from serving.core.types import Signature
 from serving.errors import ClusterError
 from serving.gateway.batcher import ArmBatcher
@@ -58,6 +58,8 @@ class StubController:
     def __init__(self) -> None:
         self.table = RouteTable()
         self.reports: list[dict[str, Any]] = []
+        # What a report is answered with.
+        self.answer: dict[str, Any] | None = None
         self.away = False
         self.certificates: Path | None = None
         self._changed = asyncio.Event()
@@ -67,7 +69,7 @@ class StubController:
             raise ClusterError("the controller is away")
         if method == "report":
             self.reports.append(args[0])
-            return None
+            return self.answer
         if method == "issue_certificate":
             if self.certificates is None:
                 raise ClusterError("there is no certificate to be had")
@@ -212,8 +214,12 @@ class Gateway:
         default: dict[str, str] | None = None,
         ready: bool = True,
         complete: bool = True,
+        split: Split | None = None,
     ) -> None:
-        """Put a table of these versions in force; the first of a model is its default."""
+        """Put a table of these versions in force; the first of a model is its default.
+
+        A `split` is for the first version's model.
+        """
         models: dict[str, ModelRoute] = {}
         for arm in arms:
             route = models.setdefault(arm.model, ModelRoute(arm.model, arm.version, {}))
@@ -222,6 +228,9 @@ class Gateway:
                 (default or {}).get(arm.model, route.version),
                 {**route.arms, arm.version: arm},
             )
+        if split is not None:
+            first = models[arms[0].model]
+            models[first.name] = ModelRoute(first.name, first.version, first.arms, split)
         table = RouteTable(next(self._revisions), models, complete)
         self.run(lambda: self.controller.publish(table))
         self.until(lambda: self.server.routes.table.revision == table.revision, "the new table")

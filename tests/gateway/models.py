@@ -43,14 +43,21 @@ LENGTHS = signature({"x": ("FP32", (-1, -1))}, {"y": ("FP32", (-1, -1))})
 
 
 class ScriptedBackend:
-    """y = 2x, when `gate` is open; some values of x make it fail. Remembers what reached it."""
+    """y = factor · x, when `gate` is open. Remembers what reached it.
+
+    Some values of x make it fail, and while it has a `failure` every value does.
+    """
 
     platform = "test"
     device = "cpu"
     precision = "FP32"
 
-    def __init__(self, of: Signature = VECTOR, *, mortal: bool = False) -> None:
+    def __init__(
+        self, of: Signature = VECTOR, *, mortal: bool = False, factor: float = 2.0
+    ) -> None:
         self.signature = of
+        self.factor = factor
+        self.failure: Exception | None = None
         self.mortal = mortal
         self.gate = threading.Event()
         self.gate.set()
@@ -70,6 +77,8 @@ class ScriptedBackend:
             assert self.gate.wait(60), "the gate stayed shut"
         finally:
             self.running -= 1
+        if self.failure is not None:
+            raise self.failure
         if self.mortal and (x == KILLS_REPLICA).any():
             os.kill(os.getpid(), signal.SIGKILL)
         if (x == RAISES).any():
@@ -77,7 +86,7 @@ class ScriptedBackend:
         if (x == IS_BAD_INPUT).any():
             raise InvalidRequest("a marked value is no input of this model")
         with np.errstate(over="ignore"):
-            y = x * 2
+            y = (x * self.factor).astype(x.dtype)
         y[x == GIVES_NAN] = np.nan
         return [y[1:] if (x == LOSES_A_ROW).any() else y]
 

@@ -140,3 +140,31 @@ def test_json_past_its_limit_is_refused_before_it_is_parsed(sockets: Path) -> No
             )
             assert reply.values == [0, 0]
     replica.stop()
+
+
+def test_a_body_larger_than_all_that_is_ever_held(tight: Gateway) -> None:
+    with tight.connect() as client:
+        reply = client.ask(post(M, body(1).ljust(HELD_BYTES + 1)))
+        assert reply.status == 413
+        assert "all that are ever held" in reply.error
+    assert held(tight) == 0
+
+
+def test_a_request_that_was_given_up_is_not_held_by_its_batch(
+    tight: Gateway, backend: ScriptedBackend
+) -> None:
+    batcher = tight.batcher("m")
+    backend.gate.clear()
+    with tight.connect() as client:
+        late = client.ask(post(M, LARGE, "x-request-timeout-ms: 50"))
+        assert late.status == 504
+    inputs = tight.run(
+        lambda: [
+            call.request.inputs
+            for link in batcher.links.values()
+            for batch in link.batches()
+            for call in batch
+        ]
+    )
+    assert inputs == [[]]
+    backend.gate.set()

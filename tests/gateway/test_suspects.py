@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -284,3 +285,65 @@ def test_a_batch_stays_within_the_largest_bucket(
             gateway.until(lambda: batcher.queue_depth == 14)
         assert answers(clients) == [*doubled(8), 20]
     assert sorted(len(run) for run in only.backend.runs) == [1, 4, 4, 6]
+
+
+def paused(gateway: Gateway, then: Callable[[], None]) -> None:
+    """The gateway stands still until the requests' 1.5 s are over; `then` happens meanwhile."""
+
+    def stand_still() -> None:
+        then()
+        threading.Event().wait(2)
+
+    gateway.run(stand_still)
+
+
+def test_suspects_that_are_too_late_reserve_no_replica(gateway: Gateway, new: NewReplica) -> None:
+    only, first = new("only"), new("lost")
+    for replica in (only, first):
+        replica.backend.gate.clear()
+    gateway.publish(arm("m", [first], max_size=2, max_delay_s=NEVER_S))
+    batcher = gateway.batcher("m")
+    with callers(gateway, 4) as late, callers(gateway, 2) as busy, gateway.connect() as other:
+        send_all(late, [0, 1, 2, 3], parameters={"timeout": 1_500_000})
+        gateway.until(lambda: batcher.in_flight == 4)
+        gateway.publish(arm("m", [first, only]))
+        for i, client in enumerate(busy):
+            client.send(infer("m", 10 + i))
+            gateway.until(lambda i=i: batcher.in_flight == 5 + i)
+        gateway.publish(arm("m", [only]), ready=False)
+        first.stop()
+        gateway.until(lambda: batcher._reserved is not None)
+        other.send(infer("m", 500))
+        gateway.until(lambda: batcher.queue_depth == 5)
+        paused(gateway, only.backend.gate.set)
+        assert [client.reply().status for client in late] == [504] * 4
+        assert [client.reply().status for client in busy] == [200, 200]
+        assert other.reply().values == [1000, 1000]
+
+
+def test_a_version_that_left_answers_a_batch_that_failed_after_a_pause(
+    gateway: Gateway, new: NewReplica, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "BATCHES_IN_FLIGHT", 1)
+    go = threading.Event()
+
+    def answer(batch_id: int, rows: int, payload: bytes) -> bytes:
+        assert go.wait(20)
+        values = (np.frombuffer(payload, np.float32)[: rows * 2] * 2).tobytes()
+        # Of two rows one comes back: each request is run again, alone.
+        return result(batch_id, rows, values[:8], shape=(1, 2))
+
+    rogue = Rogue(run_dir, answer)
+    gateway.publish(arm("m", [rogue], max_size=2, max_delay_s=NEVER_S))
+    batcher = gateway.batcher("m")
+    with callers(gateway, 2) as clients, gateway.connect() as late:
+        send_all(clients, [0, 1])
+        gateway.until(lambda: batcher.in_flight == 2)
+        gateway.publish(arm("m", [rogue], max_size=2))
+        late.send(infer("m", 9, parameters={"timeout": 1_500_000}))
+        gateway.until(lambda: batcher.queue_depth == 1)
+        gateway.publish(arm("m", [new("second")], version="2"))
+        paused(gateway, go.set)
+        assert late.reply().status == 504
+        assert sorted(answers(clients)) == [0.0, 2.0]
+    rogue.stop()

@@ -32,6 +32,8 @@ class Sleeper:
     platform, device, precision = "test", "cpu", "FP32"
 
     def run(self, inputs):
+        if inputs[0][0] > 60:
+            print("hangs", flush=True)
         threading.Event().wait(float(inputs[0][0]))
         return list(inputs)
 
@@ -65,6 +67,8 @@ def test_a_run_that_hangs_ends_the_process_and_its_connections(run_dir: Path) ->
             assert client.infer(np.full(1, 0.1, np.float32))[0] == np.float32(0.1)
             started = time.monotonic()
             client.send_infer(np.full(1, 3600, np.float32))
+            assert child.stdout is not None
+            assert child.stdout.readline() == "hangs\n"
             waiting.send_infer(np.full(1, 0, np.float32))
             for one in (client, waiting):
                 with contextlib.suppress(ConnectionResetError):

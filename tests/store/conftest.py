@@ -14,12 +14,7 @@ from pathlib import Path
 import pytest
 
 from serving.store.sql import Store, open_store
-
-
-def _missing(reason: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(f"{reason} (required in CI)")
-    pytest.skip(reason)
+from tests.services import missing
 
 
 def _postgres_programs() -> Path:
@@ -27,7 +22,7 @@ def _postgres_programs() -> Path:
     if not found and (path := shutil.which("initdb")):
         found = [Path(path)]
     if not found:
-        _missing("PostgreSQL is not installed")
+        missing("PostgreSQL is not installed")
     return found[-1].parent
 
 
@@ -37,7 +32,7 @@ def postgres_server() -> Iterator[str]:
     try:
         import psycopg
     except ImportError:
-        _missing("psycopg is not installed")
+        missing("psycopg is not installed")
     programs = _postgres_programs()
     # The server refuses to run as root.
     user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name

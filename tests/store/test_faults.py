@@ -181,7 +181,9 @@ def test_a_full_database(filled: Path) -> None:
         connection.exec_driver_sql(f"PRAGMA max_page_count={pages + 2}")
 
     with pytest.raises(StoreError, match=f"^store {filled}: the disk is full$"):
-        store.apply({"big": BIG}, [PinRow("m", "1", "1", "d", 1.0)], ("apply", {}))
+        store.commit(
+            desired={"big": BIG}, pins=[PinRow("m", "1", "1", "d", 1.0)], event=("apply", {})
+        )
     assert store.desired() == {"kept": True}
     assert (store.get_pins(), store.events()) == ([], [])
     store.close()
@@ -220,7 +222,9 @@ def _apply_for_ever(url: str, ready: Any) -> None:
     while True:
         number = store.desired_revision() + 1
         pin = PinRow("m", "@champion", str(number), "d", float(number))
-        store.apply({"number": number, "big": BIG}, [pin], ("apply", {"number": number}))
+        store.commit(
+            desired={"number": number, "big": BIG}, pins=[pin], event=("apply", {"number": number})
+        )
 
 
 def assert_consistent(store: Store) -> int:

@@ -41,7 +41,7 @@ def test_everything_is_there_after_opening_again(
     save(store, FIRST)
     store.save_desired({"models": {"größe": [1, 2.5, None, True]}})
     store.save_route_table({"revision": 4, "models": []})
-    store.save_counters("gateway-1", {"requests": 3})
+    store.save_counters({"gateway-1": {"requests": 3}})
     clock.now = 1_001.0
     store.append_event("apply", {"changes": []})
     store.close()
@@ -59,9 +59,9 @@ def test_saving_a_pin_or_a_counter_again_replaces_it(store: Store) -> None:
     moved = PinRow("digits", "@champion", "3", "sha256:c", 13.0)
     save(store, moved)
     assert store.get_pins() == [moved]
-    store.save_counters("g", {"n": 1})
-    store.save_counters("h", {"n": 5})
-    store.save_counters("g", {"n": 2})
+    store.save_counters({"g": {"n": 1}})
+    store.save_counters({"h": {"n": 5}})
+    store.save_counters({"g": {"n": 2}})
     assert store.counters() == {"g": {"n": 2}, "h": {"n": 5}}
 
 
@@ -106,7 +106,7 @@ def test_a_stale_revision_is_a_conflict_and_changes_nothing(
     with pytest.raises(ConflictError, match="at revision 1, not 0"):
         other.save_desired({"by": "b"}, expected=0)
     with pytest.raises(ConflictError):
-        other.apply({"by": "b"}, [CHAMPION], ("apply", {}), expected=0)
+        other.commit(desired={"by": "b"}, pins=[CHAMPION], event=("apply", {}), expected=0)
     assert store.desired() == {"by": "a"}
     assert (store.get_pins(), store.events()) == ([], [])
     other.save_desired({"by": "b"}, expected=1)
@@ -147,7 +147,7 @@ def test_threads_share_one_store(store: Store) -> None:
     def work(number: int) -> None:
         for i in range(10):
             store.append_event("tick", {"thread": number, "i": i})
-            store.save_counters(f"g{number}", {"i": i})
+            store.save_counters({f"g{number}": {"i": i}})
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
     for thread in threads:
@@ -168,16 +168,18 @@ def test_threads_share_one_store(store: Store) -> None:
 
 def test_apply_replaces_configuration_and_pins_and_logs(store: Store) -> None:
     save(store, FIRST)
-    store.apply({"v": 1}, [CHAMPION], ("apply", {"starts": ["digits"]}), expected=0)
+    store.commit(
+        desired={"v": 1}, pins=[CHAMPION], event=("apply", {"starts": ["digits"]}), expected=0
+    )
     assert store.desired() == {"v": 1}
     assert store.get_pins() == [CHAMPION]
     assert [(e.kind, e.body) for e in store.events()] == [("apply", {"starts": ["digits"]})]
 
 
 def test_an_apply_that_fails_at_its_end_changes_nothing(store: Store) -> None:
-    store.apply({"v": 1}, [FIRST], ("apply", {}))
+    store.commit(desired={"v": 1}, pins=[FIRST], event=("apply", {}))
     with pytest.raises(StoreError):
-        store.apply({"v": 2}, [CHAMPION], ("apply", {"not": object()}))
+        store.commit(desired={"v": 2}, pins=[CHAMPION], event=("apply", {"not": object()}))
     assert store.desired() == {"v": 1}
     assert store.get_pins() == [FIRST]
     assert len(store.events()) == 1
@@ -197,9 +199,9 @@ def test_events_are_read_in_pages(store: Store) -> None:
 def test_the_digest_of_a_version_stays_whatever_is_applied(
     store: Store, opened: Callable[[], Store]
 ) -> None:
-    store.apply({}, [FIRST, CHAMPION], ("apply", {}))
-    store.apply({}, [], ("apply", {}))
-    store.apply({}, [replace(CHAMPION, digest="sha256:other")], ("apply", {}))
+    store.commit(desired={}, pins=[FIRST, CHAMPION], event=("apply", {}))
+    store.commit(desired={}, pins=[], event=("apply", {}))
+    store.commit(desired={}, pins=[replace(CHAMPION, digest="sha256:other")], event=("apply", {}))
     assert opened().digests() == {("digits", "1"): "sha256:a", ("digits", "2"): "sha256:b"}
 
 
@@ -215,11 +217,12 @@ def test_the_migrations_build_the_tables_that_the_code_uses(url: str, store: Sto
 
 
 def test_what_an_earlier_version_pinned_is_known(url: str, store: Store) -> None:
-    store.apply({}, [FIRST, CHAMPION], ("apply", {}))
+    store.commit(desired={}, pins=[FIRST, CHAMPION], event=("apply", {}))
     store.close()
     engine = engines.connect(url)
     with engines.begin(engine, write=True) as connection:
-        connection.exec_driver_sql("DROP TABLE versions")
+        for table in ("versions", "rollouts", "audit"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
     engine.dispose()
     migrated = open_store(url)

@@ -1,0 +1,106 @@
+"""Simulate rollouts and write what came of them to `benchmarks/rollouts/results/`.
+
+python -m benchmarks.rollouts [--rollouts 10000] [--cells batches/200/0.005,sticky/*]
+                              [--only false-rollbacks,detection,peers] [--seed 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.rollouts import comparison, detection, false_rollbacks, plots, report
+from benchmarks.rollouts.traffic import Cell
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = ("false-rollbacks", "detection", "peers")
+# Detection is measured in seconds, not in tenths of a percent: it needs fewer rollouts.
+_FEWER = 10
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what was asked for; 1 where a cell has more false rollbacks than are allowed."""
+    options = _parse(arguments)
+    RESULTS.mkdir(exist_ok=True)
+    few = max(options.rollouts // _FEWER, 100)
+    missed = 0
+    if "false-rollbacks" in options.only:
+        rows = _measured(
+            "false-rollbacks",
+            lambda: false_rollbacks.measure(options.cells, options.rollouts, options.seed),
+        )
+        plots.false_rollbacks(rows, RESULTS)
+        missed = sum(row["upper"] > false_rollbacks.ALLOWED for row in rows)
+    if "detection" in options.only:
+        rows = _measured("detection", lambda: detection.measure(few, options.seed))
+        plots.detection(rows, RESULTS)
+    if "peers" in options.only:
+        rows = _measured("peers", lambda: comparison.measure(few, options.seed))
+        plots.peers(rows, RESULTS)
+    print(f"{missed} cells have more than {false_rollbacks.ALLOWED:.0%} false rollbacks")
+    return 1 if missed else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    every = false_rollbacks.cells()
+
+    def cells(text: str) -> list[Cell]:
+        found = []
+        for pattern in text.split(","):
+            matching = [cell for cell in every if fnmatch(cell.name, pattern)]
+            if not matching:
+                raise argparse.ArgumentTypeError(
+                    f"{pattern}: no such cell; they are named as {every[0].name}"
+                )
+            found += [cell for cell in matching if cell not in found]
+        return found
+
+    def parts(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := set(chosen) - set(PARTS):
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(sorted(unknown))}: not in {', '.join(PARTS)}"
+            )
+        return chosen
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text}: a whole number of at least 1 is allowed")
+        return int(text)
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollouts", description=__doc__)
+    parser.add_argument("--rollouts", type=positive, default=10_000, help="healthy ones a cell")
+    parser.add_argument("--cells", type=cells, default=every, help="names with * and ?")
+    parser.add_argument("--only", type=parts, default=list(PARTS))
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args(arguments)
+
+
+def _measured(name: str, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    begin = time.process_time()
+    rows = measure()
+    described = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "cpu": machine.cpu_model(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in ("numpy", "scipy")},
+        "commit": machine.commit(),
+        "command": " ".join(["python -m benchmarks.rollouts", *sys.argv[1:]]),
+        "cpu_seconds": round(time.process_time() - begin),
+    }
+    report.write(name, described, rows, RESULTS)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

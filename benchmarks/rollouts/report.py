@@ -1,0 +1,95 @@
+"""Results as JSON, and as Markdown tables that say the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import table
+
+Row = Mapping[str, Any]
+
+
+def write(name: str, machine: Mapping[str, Any], rows: Sequence[Row], directory: Path) -> None:
+    """Write NAME.json and NAME.md into the directory."""
+    document = {"benchmark": name, "machine": machine}
+    head = json.dumps({**document, "rows": []}, indent=1, ensure_ascii=False)
+    # One row a line: a result can be read, and compared with the next.
+    body = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    text = head.replace('"rows": []', f'"rows": [\n  {body}\n ]')
+    (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
+    heading = (
+        f"# {name}: {machine['date']}\n\n{machine['cpu']}, kernel {machine['kernel']}, Python "
+        f"{machine['python']}, {packages}, commit {machine['commit']}.\n"
+        f"Command: `{machine['command']}`; {machine['cpu_seconds']} s of one core.\n\n"
+    )
+    (directory / f"{name}.md").write_text(heading + _TABLES[name](rows) + "\n", encoding="utf-8")
+
+
+def _false_rollbacks(rows: Sequence[Row]) -> str:
+    def line(row: Row) -> list[str]:
+        by = ", ".join(f"{name} {n}" for name, n in row["by_trigger"].items() if n)
+        return [
+            row["scenario"],
+            f"{row['rate']:g}/s",
+            f"{100 * row['base_error']:g} %",
+            f"{row['false']} of {row['rollouts']:,}",
+            f"{100 * row['upper']:.2f} %",
+            by or "–",
+        ]
+
+    head = ["traffic", "rate", "errors", "taken back", "upper bound", "by trigger"]
+    return table(head, map(line, rows))
+
+
+def _detection(rows: Sequence[Row]) -> str:
+    def line(row: Row) -> list[str]:
+        return [
+            row["fault"],
+            f"{row['rate']:g}/s",
+            str(row["replicas"]),
+            _caught(row),
+            *_both(row["delay_s"]),
+            *_both(row["served"]),
+            *_both(row["failed"]),
+        ]
+
+    head = ["fault", "rate", "replicas", "caught", "median s", "p95 s"]
+    head += ["canary answers, median", "p95", "of them failed, median", "p95"]
+    return table(head, map(line, rows))
+
+
+def _peers(rows: Sequence[Row]) -> str:
+    def line(row: Row) -> list[str]:
+        regression = (
+            row["kind"] if row["kind"] == "healthy" else f"{row['kind']} × {row['factor']:g}"
+        )
+        return [
+            f"{100 * row['base_error']:g} %",
+            regression,
+            row["rule"],
+            _caught(row),
+            *_both(row["delay_s"]),
+            *_both(row["failed"]),
+        ]
+
+    head = ["errors", "canary", "rule", "taken back", "median s", "p95 s"]
+    return table([*head, "failed, median", "p95"], map(line, rows))
+
+
+def _caught(row: Row) -> str:
+    return f"{100 * row['caught']:.1f} %"
+
+
+def _both(quantiles: Mapping[str, float | None]) -> list[str]:
+    return ["–" if value is None else f"{value:,.0f}" for value in quantiles.values()]
+
+
+_TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
+    "false-rollbacks": _false_rollbacks,
+    "detection": _detection,
+    "peers": _peers,
+}

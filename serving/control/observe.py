@@ -1,0 +1,124 @@
+"""What a rollout's tick sees: replicas, gateways' counts and the route table, as one snapshot.
+
+Lives on the controller's loop. Restarts of canary replicas are found here: a replica that announces
+itself after its application was complete has taken another one's place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from serving.control.fleet import Fleet
+from serving.control.reconcile import Clock, Reconciler
+from serving.control.records import Record
+from serving.control.state import Providers
+from serving.control.totals import Totals
+from serving.core.plan import ServedVersion
+from serving.core.rollout_counts import Sample
+from serving.core.rollout_progress import due_hooks
+from serving.core.rollout_types import ProviderState, Rollout, Snapshot
+
+_LONGEST_LOOK_S: Final = 300.0
+"""Some triggers look back this far whatever their plan says."""
+
+
+class Observer:
+    """Makes snapshots, and remembers what it takes to see a change."""
+
+    def __init__(
+        self, reconciler: Reconciler, fleet: Fleet, totals: Totals, clock: Clock, tick_s: float
+    ) -> None:
+        self._reconciler = reconciler
+        self._fleet = fleet
+        self._totals = totals
+        self._clock = clock
+        self._tick_s = tick_s
+        self._seen: dict[str, set[tuple[str, int]]] = {}
+        self._answers: dict[str, dict[str, ProviderState]] = {}
+
+    def snapshot(
+        self, record: Record, providers: Providers, *, gateways_known: bool
+    ) -> tuple[Snapshot, Record]:
+        """What there is to see, and the record with it in its history.
+
+        Without `gateways_known`, which revision gateways run is unknown and taken as none.
+        """
+        rollout, now = record.rollout, self._clock.unix()
+        seen = replace(
+            self.sight(record, gateways_known=gateways_known),
+            restarts=self._restarts(rollout, now),
+        )
+        recorded = record.with_sample(Sample.of(now, seen.counts), _span_s(rollout))
+        answers = dict(providers.poll(rollout, now, due_hooks(rollout, seen)))
+        self._answers[rollout.id] = answers
+        return replace(seen, providers=answers), recorded
+
+    def sight(self, record: Record, *, gateways_known: bool = True) -> Snapshot:
+        """What there is to see, without asking anybody or remembering it."""
+        rollout, now = record.rollout, self._clock.unix()
+        trials = self._totals.trials
+        counts = trials.counts(rollout.id)
+        live = self._totals.live(self._clock.monotonic(), self._tick_s)
+        running = [int(row["revision"]) for row in self._totals.rows(live)]
+        revision = self._reconciler.board.revision
+        return Snapshot(
+            now=now,
+            canary_ready=self.ready(rollout, rollout.canary),
+            canary_wanted=self.wanted(record, rollout.canary),
+            canary_failed=self._failed(rollout),
+            stable_ready=self.ready(rollout, rollout.stable),
+            revision=revision,
+            gateways_at=min(running, default=revision) if gateways_known else 0,
+            counts=counts,
+            providers=self._answers.get(rollout.id, {}),
+            breakers=trials.breakers(rollout.id, live),
+            history=_up_to_now(record.history, Sample.of(now, counts)),
+        )
+
+    def forget(self, rollout: Rollout) -> None:
+        """The rollout is over."""
+        self._answers.pop(rollout.id, None)
+
+    def ready(self, rollout: Rollout, version: str) -> int:
+        """Ready replicas of a version that is routed."""
+        served = self._routed(rollout, version)
+        return len(self._reconciler.endpoints.get(served.app.name, ())) if served else 0
+
+    def wanted(self, record: Record, version: str) -> int:
+        """Replicas that a version is to have."""
+        model = self._reconciler.state.desired.models.get(record.rollout.model)
+        served = model.versions.get(version) if model else None
+        return (served or record.served.versions[version]).app.count
+
+    def _routed(self, rollout: Rollout, version: str) -> ServedVersion | None:
+        model = self._reconciler.state.routed.models.get(rollout.model)
+        return model.versions.get(version) if model else None
+
+    def _failed(self, rollout: Rollout) -> str:
+        state = self._reconciler.state
+        model = state.desired.models.get(rollout.model)
+        served = model.versions.get(rollout.canary) if model else None
+        return state.given_up.get(served.app.name, "") if served else ""
+
+    def _restarts(self, rollout: Rollout, now: float) -> tuple[float, ...]:
+        served = self._routed(rollout, rollout.canary)
+        if served is None:
+            return ()
+        app = served.app.name
+        current = {(r.endpoint.replica, int(r.info["pid"])) for r in self._fleet.of(app)}
+        # The first look, this controller's or the application's: all of them are the first.
+        seen = self._seen.setdefault(app, set(current))
+        new = current - seen
+        seen |= new
+        # Two at once are two.
+        return tuple(now + i * 1e-3 for i in range(len(new)))
+
+
+def _span_s(rollout: Rollout) -> float:
+    windows = (trigger.window_s for trigger in rollout.spec.analysis.triggers)
+    return max(_LONGEST_LOOK_S, *windows, 0.0)
+
+
+def _up_to_now(history: tuple[Sample, ...], sample: Sample) -> tuple[Sample, ...]:
+    return history if history and history[-1].at == sample.at else (*history, sample)

@@ -1,0 +1,111 @@
+"""A rollout as the controller keeps it: its state, the two versions as they are served, history."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from serving.core.plan import Layout, ServedModel
+from serving.core.rollout_counts import Sample, Tally
+from serving.core.rollout_states import State
+from serving.core.rollout_types import Rollout
+from serving.store.sql import RolloutRow
+
+_DENSE_S: Final = 10.0
+_SPARSE_S: Final = 5.0
+"""Samples of the last `_DENSE_S` are all kept; of older ones, one every `_SPARSE_S`."""
+_TAKING_BACK: Final = frozenset({State.ROLLING_BACK, State.ROLLBACK_FAILED})
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One rollout with what the controller needs beside its state.
+
+    `served` has both versions, its default is the stable one. `arms` sums up what each arm counted,
+    for readers. `released`: an apply has taken the model's layout over, this rollout only ends.
+    `retry`: an apply ended it, so that it says nothing against its version.
+    """
+
+    rollout: Rollout
+    served: ServedModel
+    history: tuple[Sample, ...] = ()
+    arms: Mapping[str, Any] = field(default_factory=dict)
+    released: bool = False
+    retry: bool = False
+
+    @property
+    def live(self) -> bool:
+        """Whether ticks can still change something: it runs, or keeps the old version warm."""
+        return self.rollout.active or self.rollout.warm_until is not None
+
+    @property
+    def taking_back(self) -> bool:
+        """Whether the canary is on its way out."""
+        return self.rollout.state in _TAKING_BACK
+
+    def targets(self, version: str, digest: str) -> bool:
+        """Whether this is what it rolls out."""
+        return (self.rollout.canary, self.rollout.canary_digest) == (version, digest)
+
+    def durable(self) -> Record:
+        """Without what each tick computes anew."""
+        rollout = replace(self.rollout, verdicts=())
+        return replace(self, rollout=rollout, history=(), arms={})
+
+    def with_sample(self, sample: Sample, span_s: float) -> Record:
+        """With `sample` at the end of its history, which reaches back `span_s` seconds."""
+        last = self.history[-1] if self.history else None
+        if last is not None and (last.stable, last.canary) == (sample.stable, sample.canary):
+            # Until the next change the last sample stands for all later ones.
+            return self
+        return replace(self, history=_thinned((*self.history, sample), span_s))
+
+    def to_row(self) -> RolloutRow:
+        """For the store."""
+        rollout = self.rollout
+        body = {
+            "rollout": rollout.to_dict(),
+            "served": Layout({rollout.model: self.served}).to_dict(),
+            "history": [[s.at, list(s.stable), list(s.canary)] for s in self.history],
+            "arms": dict(self.arms),
+            "released": self.released,
+            "retry": self.retry,
+        }
+        finished_at = None if rollout.active else rollout.finished_at
+        state = rollout.state.value
+        return RolloutRow(rollout.id, rollout.model, state, body, rollout.created_at, finished_at)
+
+    @classmethod
+    def from_row(cls, row: RolloutRow) -> Record:
+        """Read `to_row`'s form."""
+        body = row.body
+        return cls(
+            Rollout.from_dict(body["rollout"]),
+            Layout.from_dict(body["served"]).models[row.model],
+            tuple(
+                Sample(at, _tally(stable), _tally(canary)) for at, stable, canary in body["history"]
+            ),
+            body["arms"],
+            body["released"],
+            body["retry"],
+        )
+
+
+def _tally(raw: list[int]) -> Tally:
+    requests, failed, batches, failed_batches = raw
+    return requests, failed, batches, failed_batches
+
+
+def _thinned(history: tuple[Sample, ...], span_s: float) -> tuple[Sample, ...]:
+    """The newest, and of the others as many as windows of seconds and minutes need."""
+    now = history[-1].at
+    kept: list[Sample] = []
+    for sample in history:
+        age = now - sample.at
+        if age > _DENSE_S and kept and sample.at - kept[-1].at < _SPARSE_S:
+            continue
+        kept.append(sample)
+    # One sample before the span: what had failed when it began.
+    first = sum(s.at < now - span_s for s in kept)
+    return tuple(kept[max(0, first - 1) :])

@@ -1,0 +1,141 @@
+"""Rollouts as JSON documents, for the command line, the console and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+from serving.control.observe import Observer
+from serving.control.records import Record
+from serving.control.totals import ArmTotals
+from serving.core.detect import Detection, Traffic, detections
+from serving.core.rollout_counts import (
+    ARMS,
+    LATENCY_BOUNDS,
+    ArmCountsRow,
+    EpochCounts,
+    Histogram,
+)
+from serving.core.rollout_outlook import next_sentence
+from serving.core.rollout_spec import RolloutSpec
+from serving.core.rollout_types import Rollout, Snapshot
+
+_QUANTILES: Final = (("p50_s", 0.5), ("p99_s", 0.99))
+
+
+def arms_summary(counts: Mapping[int, EpochCounts]) -> dict[str, dict[str, Any]]:
+    """What each arm counted over all epochs; empty where nothing was counted yet."""
+    if not counts:
+        return {}
+    return {arm: _arm(sum((c.arm(arm) for c in counts.values()), ArmCountsRow())) for arm in ARMS}
+
+
+def _arm(row: ArmCountsRow) -> dict[str, Any]:
+    known, wrong = row.labels
+    return {
+        "requests": row.requests,
+        "failed": row.failed,
+        "batches": row.batches,
+        "labels": known,
+        "wrong": wrong,
+        **{name: _quantile(row.latency, q) for name, q in _QUANTILES},
+    }
+
+
+def _quantile(latency: Histogram, q: float) -> float | None:
+    return latency.quantile(q) if latency.total else None
+
+
+def shadow_summary(counts: Mapping[int, EpochCounts]) -> dict[str, int]:
+    """What shadow traffic compared over all epochs."""
+    return {
+        name: sum(getattr(c, name) for c in counts.values())
+        for name in ("pairs", "disagreements", "dropped")
+    }
+
+
+def listed(record: Record) -> dict[str, Any]:
+    """A rollout in a list: its own document."""
+    return record.rollout.to_dict()
+
+
+def shown(record: Record, snapshot: Snapshot, observer: Observer) -> dict[str, Any]:
+    """One rollout with what its arms counted, and what happens next."""
+    rollout = record.rollout
+    counted = arms_summary(snapshot.counts) or dict(record.arms)
+    empty = _arm(ArmCountsRow())
+    return {
+        **rollout.to_dict(),
+        "arms": {
+            arm: {
+                **counted.get(arm, empty),
+                "version": version,
+                "weight": weight,
+                "ready": observer.ready(rollout, version),
+                "wanted": observer.wanted(record, version),
+            }
+            for arm, version, weight in _shares(rollout)
+        },
+        "shadowed": shadow_summary(snapshot.counts),
+        "next": next_sentence(rollout, snapshot),
+    }
+
+
+def _shares(rollout: Rollout) -> tuple[tuple[str, str, float], ...]:
+    weight = rollout.weight
+    return ("stable", rollout.stable, 1.0 - weight), ("canary", rollout.canary, weight)
+
+
+def planned(
+    model: str,
+    stable: str,
+    canary: str,
+    spec: RolloutSpec,
+    *,
+    requests_per_s: float,
+    answers: ArmTotals,
+    replicas: int,
+) -> dict[str, Any]:
+    """What a rollout would do, and how soon it would notice which fault at today's traffic."""
+    found: tuple[Detection, ...] = ()
+    if requests_per_s > 0:
+        traffic = Traffic(requests_per_s, _as_counts(answers), replicas)
+        found = detections(spec, traffic)
+    return {
+        "model": model,
+        "stable": stable,
+        "canary": canary,
+        "spec": spec.to_dict(),
+        "requests_per_s": requests_per_s,
+        "detections": [asdict(detection) for detection in found],
+    }
+
+
+def _as_counts(totals: ArmTotals) -> ArmCountsRow:
+    """A version's totals in the finer buckets that verdicts are made of, as well as they tell."""
+    latency = totals.histograms.get("latency")
+    buckets: dict[int, int] = {}
+    if latency is not None:
+        edges = (0.0, *latency.bounds)
+        for i, count in enumerate(latency.counts):
+            if count:
+                upper = edges[i + 1] if i + 1 < len(edges) else edges[-1]
+                _spread(buckets, edges[min(i, len(edges) - 1)], upper, count)
+    return ArmCountsRow(
+        requests=totals.answered + totals.errors,
+        failed=totals.errors,
+        batches=totals.answered + totals.errors,
+        failed_batches=totals.errors,
+        latency=Histogram(buckets),
+    )
+
+
+def _spread(buckets: dict[int, int], lower: float, upper: float, count: int) -> None:
+    """Share a coarse bucket's count among the fine ones in it; the rest goes into the highest."""
+    inside = [i for i, bound in enumerate(LATENCY_BOUNDS) if lower < bound <= upper]
+    inside = inside or [min(len(LATENCY_BOUNDS) - 1, sum(b < upper for b in LATENCY_BOUNDS))]
+    each, rest = divmod(count, len(inside))
+    for i in inside:
+        buckets[i] = buckets.get(i, 0) + each
+    buckets[inside[-1]] += rest

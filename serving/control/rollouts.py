@@ -1,0 +1,369 @@
+"""The rollouts that run: observe, decide, commit, publish, tell.
+
+One tick moves every model's first rollout by at most one transition. What it changes is one
+transaction: the rollouts, the desired state where the default version changes, the route table and
+the audit log. Publishing and telling come after it and may be repeated or lost: the next tick, of
+this controller or of its successor, starts from what was committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+from serving.control import journal
+from serving.control.intents import Intent
+from serving.control.notices import notices
+from serving.control.observe import Observer
+from serving.control.overlay import lay_out, switch, with_splits
+from serving.control.reconcile import Blocking, Clock, Reconciler
+from serving.control.records import Record
+from serving.control.rollout_views import arms_summary
+from serving.control.state import Providers, State
+from serving.core.plan import ServedModel, ServedVersion
+from serving.core.rollout import command, decide, new_rollout, transition
+from serving.core.rollout_spec import RolloutSpec
+from serving.core.rollout_states import Event
+from serving.core.rollout_states import State as RolloutState
+from serving.errors import ConflictError, NotFound
+from serving.store.audit import AuditEntry
+from serving.store.sql import PinRow, Store
+
+log = logging.getLogger(__name__)
+
+COMMANDS: Final = ("pause", "resume", "promote", "approve", "abort", "rollback")
+"""What a person may tell a rollout."""
+_RETOLD_S: Final = 600.0
+_JITTER_S: Final = 0.05
+
+
+def _new_salt() -> str:
+    return secrets.token_hex(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What goes into a commit beside the rollouts themselves."""
+
+    state: State | None = None
+    audit: tuple[AuditEntry, ...] = ()
+    pins: Sequence[PinRow] | None = None
+    event: tuple[str, dict[str, Any]] | None = None
+
+
+class Rollouts:
+    """Every rollout that is not over, oldest first. The first of a model runs, others wait.
+
+    Lives on the controller's loop; whoever calls what changes something holds the reconciler's
+    lock. `new_salt` gives what makes assignment unpredictable.
+    """
+
+    def __init__(
+        self,
+        reconciler: Reconciler,
+        observer: Observer,
+        *,
+        store: Store,
+        in_store: Blocking,
+        clock: Clock,
+        providers: Providers,
+        new_salt: Callable[[], str] = _new_salt,
+    ) -> None:
+        self.records: tuple[Record, ...] = ()
+        self.observer = observer
+        self._reconciler = reconciler
+        self._store, self._in_store = store, in_store
+        self._clock = clock
+        self._providers = providers
+        self._new_salt = new_salt
+        self._ticked: dict[str, tuple[float, tuple[bool, ...] | None]] = {}
+        self._urgent = False
+
+    async def load(self, blank: State | None = None) -> None:
+        """Take up what was saved. Raises `StoreError`.
+
+        With a `blank` state to begin with, nothing of what was saved runs any more: every rollout
+        that was going on is over.
+        """
+        rows = await self._in_store(partial(self._store.rollouts, active=True, limit=10_000))
+        past = await self._in_store(partial(self._store.rollouts, active=False, limit=1000))
+        records = [Record.from_row(row) for row in reversed((*rows, *past))]
+        records.sort(key=lambda r: r.rollout.created_at)
+        self._adopt(records)
+        if blank is not None:
+            ended = [_ended_with_deployment(r, self._clock.unix()) for r in self.records]
+            await self._commit(ended, Change(blank))
+        self._tell_again(records)
+
+    # Looking.
+
+    @property
+    def tick_s(self) -> float | None:
+        """How often the most impatient rollout wants to be looked at; None without any."""
+        return min((r.rollout.spec.analysis.tick_s for r in self.records), default=None)
+
+    def of(self, model: str) -> list[Record]:
+        """A model's rollouts that run or wait, oldest first."""
+        return [r for r in self.records if r.rollout.model == model and r.rollout.active]
+
+    async def find(self, key: str) -> Record:
+        """The rollout of an id, or a model's newest. Raises `NotFound` or `StoreError`."""
+        for record in reversed(self.records):
+            if record.rollout.id == key:
+                return record
+        if of_model := [r for r in self.records if r.rollout.model == key]:
+            return of_model[-1]
+        row = await self._in_store(self._store.rollout, key)
+        if row is None:
+            found = await self._in_store(partial(self._store.rollouts, model=key, limit=1))
+            row = found[0] if found else None
+        if row is None:
+            raise NotFound(f"there is no rollout {key!r}, and no model of this name has had one")
+        return Record.from_row(row)
+
+    async def latest_to(self, model: str, version: str, digest: str) -> Record | None:
+        """The newest rollout of a model to this version. Raises `StoreError`."""
+        rows = await self._in_store(partial(self._store.rollouts, model=model, limit=1000))
+        for row in rows:
+            body = row.body["rollout"]
+            if (body["canary"], body["canary_digest"]) == (version, digest):
+                running = [r for r in self.records if r.rollout.id == row.id]
+                return running[0] if running else Record.from_row(row)
+        return None
+
+    # Changing.
+
+    def hurry(self) -> None:
+        """The next tick looks at every rollout, whatever its interval."""
+        self._urgent = True
+
+    async def tick(self, *, gateways_known: bool) -> None:
+        """Look at every model's first rollout once. Raises `StoreError` or `ConflictError`."""
+        urgent, self._urgent = self._urgent, False
+        heads = {id(r) for r in self._heads(self.records)}
+        after = [
+            self._decided(r, gateways_known, urgent) if id(r) in heads else r for r in self.records
+        ]
+        await self._commit(after, Change())
+
+    async def command(
+        self, key: str, name: str, *, actor: str, reason: str, expected_state: str | None
+    ) -> Record:
+        """Do as a person says. Raises `NotFound`, `ConflictError` or `StoreError`."""
+        if name not in COMMANDS:
+            raise NotFound(f"a rollout has no command {name!r}; allowed: {', '.join(COMMANDS)}")
+        record = await self.find(key)
+        rollout, now = record.rollout, self._clock.unix()
+        if expected_state is not None and expected_state != rollout.state.value:
+            raise ConflictError(
+                f"rollout {rollout.id} is {rollout.state.value} now, not {expected_state} "
+                f"({rollout.reason}); look at it again"
+            )
+        told = replace(record, rollout=command(rollout, name, actor, reason, now))
+        after = [told if r.rollout.id == rollout.id else r for r in self.records]
+        await self._commit(after, Change(), journal.Told(rollout.id, name, actor, reason))
+        return told
+
+    async def begin(
+        self,
+        model: str,
+        stable: ServedVersion,
+        canary: ServedVersion,
+        spec: RolloutSpec,
+        *,
+        actor: str,
+        reason: str,
+    ) -> Record:
+        """A new rollout, not committed yet. Raises `StoreError`."""
+        number = 1 + await self._in_store(self._store.count_rollouts, model)
+        versions = {s.arm.version: s for s in (stable, canary)}
+        rollout = new_rollout(
+            # No model's name has a colon.
+            f"{model}:{number}",
+            model=model,
+            stable=(stable.arm.version, stable.arm.digest),
+            canary=(canary.arm.version, canary.arm.digest),
+            spec=spec,
+            salt=self._new_salt(),
+            actor=actor,
+            reason=reason,
+            now=self._clock.unix(),
+        )
+        return Record(rollout, ServedModel(stable.arm.version, versions))
+
+    async def apply(
+        self,
+        intents: Mapping[str, Intent],
+        gone: Iterable[str],
+        started: Sequence[Record],
+        change: Change,
+        *,
+        actor: str,
+    ) -> None:
+        """Commit an apply: what its intents end, and the rollouts that it starts.
+
+        `gone` are models that are no longer served. Raises `StoreError` or `ConflictError`.
+        """
+        now = self._clock.unix()
+        removed = set(gone)
+        after = []
+        for record in self.records:
+            model = record.rollout.model
+            if model in removed:
+                after.append(_superseded(record, f"model {model} is removed", actor, now, True))
+            elif (intent := intents.get(model)) is not None:
+                after.append(_applied(record, intent, actor, now))
+            else:
+                after.append(record)
+        await self._commit([*after, *started], change)
+
+    async def start(self, record: Record, change: Change) -> None:
+        """Commit a rollout that a person starts. Raises `StoreError` or `ConflictError`."""
+        model = record.rollout.model
+        after = [_let_go(r) if r.rollout.model == model else r for r in self.records]
+        await self._commit([*after, record], change)
+
+    def _decided(self, record: Record, gateways_known: bool, urgent: bool) -> Record:
+        rollout = record.rollout
+        if rollout.state is RolloutState.PENDING and not self._stable_routed(record):
+            return record
+        now = self._clock.unix()
+        ready = tuple(self.observer.ready(rollout, v) > 0 for v in (rollout.stable, rollout.canary))
+        last, was_ready = self._ticked.get(rollout.id, (0.0, None))
+        early = 0 <= now - last < rollout.spec.analysis.tick_s - _JITTER_S
+        if early and not urgent and ready == was_ready:
+            return record
+        self._ticked[rollout.id] = (now, ready)
+        snapshot, seen = self.observer.snapshot(
+            record, self._providers, gateways_known=gateways_known
+        )
+        if record.released:
+            # Whether the old version is ready is no longer this rollout's business.
+            snapshot = replace(snapshot, stable_ready=max(1, snapshot.stable_ready))
+        return replace(seen, rollout=decide(rollout, snapshot))
+
+    def _stable_routed(self, record: Record) -> bool:
+        routed = self._reconciler.state.routed.models.get(record.rollout.model)
+        return routed is not None and routed.version == record.rollout.stable
+
+    @staticmethod
+    def _heads(records: Iterable[Record]) -> list[Record]:
+        first: dict[str, Record] = {}
+        for record in records:
+            if record.live:
+                first.setdefault(record.rollout.model, record)
+        return list(first.values())
+
+    async def _commit(
+        self, after: Sequence[Record], change: Change, told: journal.Told | None = None
+    ) -> None:
+        """Write what has changed and go by it; with nothing changed, publish who is there."""
+        before = {r.rollout.id: r for r in self.records}
+        now = self._clock.unix()
+        changed = [r for r in after if _differs(before.get(r.rollout.id), r)]
+        counts = self._reconciler.totals.trials.counts
+        changed = [replace(r, arms=arms_summary(counts(r.rollout.id)) or r.arms) for r in changed]
+        fresh = {r.rollout.id: r for r in changed}
+        after = [fresh.get(r.rollout.id, r) for r in after]
+        heads = self._heads(after)
+        state = change.state or self._reconciler.state
+        for record in (*(r for r in after if not r.live), *heads):
+            state = replace(
+                state,
+                desired=lay_out(state.desired, record, state.also.get(record.rollout.model, ())),
+                routed=switch(state.routed, record),
+            )
+        audit = list(change.audit)
+        for record in changed:
+            rollout_id = record.rollout.id
+            audit += journal.entries(before.get(rollout_id), record, now, told)
+        await self._reconciler.commit(
+            state,
+            overlay=partial(with_splits, records=heads),
+            rollouts=[r.to_row() for r in changed],
+            audit=audit,
+            pins=change.pins,
+            event=change.event,
+        )
+        self._adopt(after)
+        for record in after:
+            self._tell(before.get(record.rollout.id), record, now)
+
+    def _adopt(self, records: Sequence[Record]) -> None:
+        for record in records:
+            if not record.live:
+                self._ticked.pop(record.rollout.id, None)
+                self.observer.forget(record.rollout)
+        self.records = tuple(r for r in records if r.live)
+        self._reconciler.overlay = partial(with_splits, records=self._heads(self.records))
+        self._reconciler.totals.trials.live = {r.rollout.id for r in self.records}
+
+    def _tell(self, before: Record | None, after: Record, now: float) -> None:
+        old, new = before.rollout if before else None, after.rollout
+        if old is None or old.state is not new.state or old.step != new.step:
+            where = f"{new.state.value}, weight {new.weight:g}"
+            log.info("rollout %s: %s: %s", new.id, where, new.reason)
+        for notice in notices(old, new, revision=self._reconciler.board.revision, now=now):
+            self._providers.emit(notice)
+
+    def _tell_again(self, records: Iterable[Record]) -> None:
+        """The last controller may have ended before it told; told again, a notice has its key."""
+        now, revision = self._clock.unix(), self._reconciler.board.revision
+        for record in records:
+            if now - record.rollout.entered_at < _RETOLD_S:
+                for notice in notices(None, record.rollout, revision=revision, now=now):
+                    if notice.subject == "transition":
+                        self._providers.emit(notice)
+
+
+def _differs(before: Record | None, after: Record) -> bool:
+    if before is None:
+        return True
+    return before.durable() != after.durable() or before.history != after.history
+
+
+def _applied(record: Record, intent: Intent, actor: str, now: float) -> Record:
+    if not record.rollout.active:
+        return _let_go(record) if intent.released or intent.kind == "rollout" else record
+    if intent.ends:
+        return _superseded(record, intent.ends, actor, now, intent.released)
+    if intent.kind == "goes_on" and intent.canary is not None and intent.stable is not None:
+        canary, stable = intent.canary, intent.stable
+        if record.targets(canary.arm.version, canary.arm.digest):
+            versions = {s.arm.version: s for s in (stable, canary)}
+            return replace(record, served=ServedModel(stable.arm.version, versions))
+    return record
+
+
+def _superseded(record: Record, reason: str, actor: str, now: float, released: bool) -> Record:
+    if not record.rollout.active:
+        return _let_go(record)
+    if record.taking_back:
+        return replace(record, released=record.released or released)
+    rollout = transition(record.rollout, Event.SUPERSEDED, now=now, reason=reason, actor=actor)
+    return replace(record, rollout=rollout, released=released, retry=True)
+
+
+def _let_go(record: Record) -> Record:
+    """An old version is no longer kept: another rollout needs its place."""
+    if record.rollout.active:
+        return record
+    return replace(record, rollout=replace(record.rollout, warm_until=None), released=True)
+
+
+def _ended_with_deployment(record: Record, now: float) -> Record:
+    """Nothing of it runs any more; so there is nothing to take back."""
+    rollout = record.rollout
+    if not rollout.active:
+        return _let_go(record)
+    judged = record.taking_back and not record.retry
+    reason = rollout.reason if judged else "the deployment ended while the rollout ran"
+    if not record.taking_back:
+        rollout = transition(rollout, Event.SUPERSEDED, now=now, reason=reason)
+    if rollout.active:
+        rollout = transition(rollout, Event.DRAINED, now=now, reason=reason)
+    return replace(record, rollout=rollout, released=True, retry=not judged)

@@ -1,0 +1,136 @@
+"""What gateways count for rollouts, kept by gateway instance and added up.
+
+A report is cumulative since its gateway's start, so the last one of each instance is all there is
+to keep. It is parsed once, when it comes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Final
+
+from serving.core.rollout_counts import Breakers, EpochCounts, add_up
+
+log = logging.getLogger(__name__)
+
+_COUNTED: Final = ("trials", "shadows")
+Plain = Mapping[str, Any]
+Counts = dict[str, dict[int, EpochCounts]]
+"""Rollout id to epoch to counts."""
+
+
+class Trials:
+    """The rollout part of every gateway's last report. `live` names the rollouts that are kept."""
+
+    def __init__(self) -> None:
+        self.live: Collection[str] = ()
+        self._counts: dict[str, Counts] = {}
+        self._splits: dict[str, list[Plain]] = {}
+
+    def take(self, instance: str, rows: Plain) -> bool:
+        """Replace an instance's counts; whether a breaker has opened since its last report."""
+        before = self._opened(instance)
+        self._counts[instance] = _parsed(instance, rows)
+        self._splits[instance] = list(rows.get("splits", ()))
+        return self._opened(instance) > before
+
+    def drop(self, instance: str) -> None:
+        """Forget an instance, whose counts were added to another one's."""
+        self._counts.pop(instance, None)
+        self._splits.pop(instance, None)
+
+    def counts(self, rollout: str) -> dict[int, EpochCounts]:
+        """A rollout's totals by epoch, over all instances that ever were."""
+        total: dict[int, EpochCounts] = {}
+        for instance in sorted(self._counts):
+            for epoch, counts in self._counts[instance].get(rollout, {}).items():
+                total[epoch] = total[epoch] + counts if epoch in total else counts
+        return dict(sorted(total.items()))
+
+    def breakers(self, rollout: str, live: Collection[str]) -> Breakers:
+        """The gateways' local breakers: open ones of `live` instances, openings of all."""
+        opened, is_open = 0, 0
+        for instance, rows in self._splits.items():
+            for row in rows:
+                if row["rollout"] == rollout:
+                    opened += int(row["opened"])
+                    is_open += row["breaker"] == "open" and instance in live
+        return Breakers(is_open, opened)
+
+    def totals(self, rollout: str) -> dict[str, int]:
+        """Requests that no verdict is made of: shielded, overridden, diverted."""
+        names = ("shielded", "overridden", "diverted")
+        rows = [r for rows in self._splits.values() for r in rows if r["rollout"] == rollout]
+        return {name: sum(int(row.get(name, 0)) for row in rows) for name in names}
+
+    def carried(self, before: Plain, now: Plain) -> dict[str, list[Any]]:
+        """A report's rollout part, with what it no longer has of live rollouts from the one before.
+
+        A gateway forgets a split some time after it left the route table.
+        """
+        merged = {}
+        for part in (*_COUNTED, "splits"):
+            fresh = list(now.get(part, ()))
+            known = {_key(row) for row in fresh}
+            old = before.get(part, ())
+            fresh += [r for r in old if r.get("rollout") in self.live and _key(r) not in known]
+            merged[part] = fresh
+        return merged
+
+    def folded(self, reports: Iterable[Plain]) -> dict[str, list[Any]]:
+        """The rollout parts of several instances as one, of live rollouts only."""
+        reports = list(reports)
+        counted = [r for report in reports for part in _COUNTED for r in report.get(part, ())]
+        splits: dict[str, dict[str, Any]] = {}
+        for row in (r for report in reports for r in report.get("splits", ())):
+            sums = splits.setdefault(
+                row["rollout"], {"rollout": row["rollout"], "breaker": "closed"}
+            )
+            for name, value in row.items():
+                if isinstance(value, int):
+                    sums[name] = sums.get(name, 0) + value
+        total = {r: epochs for r, epochs in add_up(counted).items() if r in self.live}
+        trials = [
+            {"rollout": rollout, "epoch": epoch, "arm": arm, "replica": replica, **row.to_dict()}
+            for rollout, epochs in total.items()
+            for epoch, counts in epochs.items()
+            for arm, replicas in (("stable", counts.stable), ("canary", counts.canary))
+            for replica, row in replicas.items()
+        ]
+        shadows = [
+            {
+                "rollout": rollout,
+                "epoch": epoch,
+                "pairs": counts.pairs,
+                "disagreements": counts.disagreements,
+                "dropped": counts.dropped,
+            }
+            for rollout, epochs in total.items()
+            for epoch, counts in epochs.items()
+        ]
+        kept = [row for row in splits.values() if row["rollout"] in self.live]
+        return {"trials": trials, "shadows": shadows, "splits": kept}
+
+    def _opened(self, instance: str) -> int:
+        return sum(int(row["opened"]) for row in self._splits.get(instance, ()))
+
+
+def _key(row: Plain) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("rollout", "epoch", "arm", "replica"))
+
+
+def _parsed(instance: str, rows: Plain) -> Counts:
+    counts: Counts = {}
+    for part in _COUNTED:
+        for row in rows.get(part, ()):
+            try:
+                found = add_up([row])
+            except ValueError as error:
+                log.error("report of gateway %s: %s", instance, error)
+                continue
+            for rollout, epochs in found.items():
+                mine = counts.setdefault(rollout, {})
+                for epoch, more in epochs.items():
+                    mine[epoch] = mine[epoch] + more if epoch in mine else more
+    return counts

@@ -1,0 +1,127 @@
+"""Triggers that bet nothing: what they count does not happen to a healthy version.
+
+A crash loop, a gateway's breaker, errors that burn the objective's budget many times too fast, and
+what somebody else says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log
+from typing import Final
+
+from serving.core.clusters import design_effect
+from serving.core.evidence import log_e_bounded
+from serving.core.rollout_counts import NOTHING, Sample, recent
+from serving.core.rollout_spec import Trigger
+from serving.core.rollout_types import Outcome, Rollout, Snapshot, Verdict
+from serving.core.verdicts import ENDS, hold, out_of, percent, power, rate, times, verdict
+
+OWN_FAULT: Final = 2.0
+"""A canary fails on its own account only at this many times stable's rate or more."""
+_SHORT_WINDOW: Final = 0.2
+_BREAKER_WINDOWS_S: Final = (3.0, 10.0, 30.0, 100.0)
+# What is bet on the share of failures above the bound.
+_BURNING: Final = (0.5, 5.0)
+_ALMOST_ALL: Final = 0.99
+
+
+def crash_loop(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
+    """Restarts of the canary's replicas."""
+    since = snapshot.now - trigger.window_s
+    all_of_them = {*rollout.restarts, *snapshot.restarts}
+    restarts = sum(since < at <= snapshot.now for at in all_of_them)
+    outcome = Outcome.FAIL if restarts >= trigger.failures else Outcome.PASS
+    sentence = (
+        f"the canary's replicas restarted {times(restarts)} in the last "
+        f"{trigger.window_s:g} s, {trigger.failures} are too many: {ENDS[outcome]}"
+    )
+    return verdict(trigger, outcome, sentence)
+
+
+def breaker(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
+    """A gateway stopped sending to the canary on its own, and stable was not failing likewise."""
+    breakers = snapshot.breakers
+    if not breakers.open or breakers.opened < trigger.failures:
+        sentence = f"no breaker is open, {times(breakers.opened)} so far: passes"
+        return verdict(trigger, Outcome.PASS, sentence)
+    burst = _burst(snapshot.history, rollout.spec.breaker_failures)
+    canary, stable = burst.canary[:2], burst.stable[:2]
+    likewise = rate(burst.stable) * OWN_FAULT > rate(burst.canary)
+    outcome = Outcome.HOLD if likewise else Outcome.FAIL
+    why = "stable fails likewise, so it is not the version" if likewise else "fails"
+    sentence = (
+        f"{breakers.open} gateway(s) stopped sending to the canary after "
+        f"{rollout.spec.breaker_failures} failures in a row; of late canary failed "
+        f"{out_of(canary, 'requests')}, stable {out_of(stable)}: {why}"
+    )
+    return verdict(trigger, outcome, sentence, canary=canary, stable=stable)
+
+
+def _burst(history: Sequence[Sample], failures: int) -> Sample:
+    """The shortest of the latest windows in which the canary had as many requests as `failures`.
+
+    The breaker cuts the canary off, so the latest seconds may have none of its requests.
+    """
+    windows = (recent(history, seconds) for seconds in _BREAKER_WINDOWS_S)
+    latest = history[-1] if history else Sample(0.0, NOTHING, NOTHING)
+    return next((w for w in windows if w.canary[0] >= failures), latest)
+
+
+def slo_burn(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
+    """Errors that use up the objective's budget many times too fast, stable's rate left aside.
+
+    It needs no stable traffic beside it, so it watches the bake too. The rate must be above the
+    bound in both windows, and clearly so in the long one.
+    """
+    history, analysis = snapshot.history, rollout.spec.analysis
+    long, short = (recent(history, trigger.window_s * part) for part in (1.0, _SHORT_WINDOW))
+    # Where stable has no traffic of late (in the bake), it is judged by all it ever had.
+    beside = long.stable if long.stable[0] >= analysis.min_units or not history else None
+    stable = beside or (history[-1].stable if history else NOTHING)
+    burning = trigger.threshold * (1.0 - trigger.objective)
+    bound = min(max(burning, OWN_FAULT * rate(stable)), _ALMOST_ALL)
+    effect = float(design_effect([long.canary])[0])
+    n, k, _, clusters = long.canary
+    log_e = log_e_bounded(k / effect, n / effect, bound, *_BURNING)
+    threshold = -log(analysis.alpha)
+    outcome, why = Outcome.PASS, "passes"
+    if n < analysis.min_units and k < trigger.failures:
+        outcome, why = Outcome.HOLD, f"waits for {analysis.min_units} requests of the canary"
+    elif rate(long.canary) >= bound <= rate(short.canary):
+        outcome, why = Outcome.HOLD, "not decided"
+        if min(k, clusters) >= trigger.failures and log_e >= threshold:
+            outcome, why = Outcome.FAIL, "fails"
+    sentence = (
+        f"canary failed {out_of((n, k), 'requests')} in the last {trigger.window_s:g} s and "
+        f"{out_of(short.canary[:2])} in the last {trigger.window_s * _SHORT_WINDOW:g} s; "
+        f"bound {percent(bound)}, evidence {power(log_e)}, threshold {power(threshold)}: {why}"
+    )
+    return verdict(
+        trigger,
+        outcome,
+        sentence,
+        log_e=log_e,
+        threshold=threshold,
+        canary=(n, k),
+        stable=stable[:2],
+    )
+
+
+def provider(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
+    """Somebody else's opinion: bad only when it was so several times in a row."""
+    state = snapshot.providers.get(trigger.name)
+    if state is None:
+        return hold(trigger, "has not been asked yet")
+    said = f" ({state.message})" if state.message else ""
+    if state.outcome == "unknown":
+        sentence = f"no answer, {times(state.errors)} in a row{said}: holds"
+        return verdict(trigger, Outcome.UNKNOWN, sentence)
+    if state.outcome == "ok":
+        return verdict(trigger, Outcome.PASS, f"answered ok{said}: passes")
+    outcome = Outcome.FAIL if state.fails >= trigger.failures else Outcome.HOLD
+    sentence = (
+        f"answered bad {times(state.fails)} in a row{said}, "
+        f"{trigger.failures} needed: {ENDS[outcome]}"
+    )
+    return verdict(trigger, outcome, sentence)

@@ -1,0 +1,137 @@
+"""What happens to a rollout next, and when, as one sentence for a person."""
+
+from __future__ import annotations
+
+from serving.core.rollout_progress import (
+    find_event,
+    gate_passed,
+    lost_arms,
+    missing_evidence,
+    pairs_compared,
+    span,
+)
+from serving.core.rollout_states import State
+from serving.core.rollout_types import Rollout, Snapshot
+
+
+def next_sentence(rollout: Rollout, snapshot: Snapshot) -> str:
+    """What the next ticks wait for, or what they will do."""
+    if rollout.state is State.PAUSED:
+        return f"Paused ({rollout.reason}); goes on with {_words(rollout.stage)} when resumed."
+    if lost := lost_arms(rollout):
+        return _without(rollout, snapshot, lost)
+    match rollout.state:
+        case State.PENDING:
+            return _asking(rollout, snapshot, "Preparing begins")
+        case State.PREPARING:
+            return _until_ready(rollout, snapshot)
+        case State.SHADOWING:
+            return _until_shadowed(rollout, snapshot)
+        case State.OBSERVING:
+            return _until_stepped(rollout, snapshot)
+        case State.AWAITING_GATE:
+            return _until_passed(rollout, snapshot)
+        case State.PROMOTING:
+            return f"Bakes as soon as every gateway sends all requests to {_version(rollout)}."
+        case State.BAKING:
+            left = rollout.spec.bake.duration_s - (snapshot.now - rollout.entered_at)
+            return f"Succeeds in {span(left)} if nothing speaks against it."
+        case State.ROLLING_BACK:
+            return (
+                f"Is rolled back as soon as every gateway sends all requests to version "
+                f"{rollout.stable} and it is ready."
+            )
+        case State.ROLLBACK_FAILED:
+            return f"Needs a person: {rollout.reason}. Ends by itself once that is mended."
+    return _ended(rollout, snapshot)
+
+
+def _without(rollout: Rollout, snapshot: Snapshot, lost: tuple[str, ...]) -> str:
+    away = f"On hold: version {' and version '.join(lost)} has no ready replica."
+    if rollout.canary_lost_at is None:
+        return f"{away} Goes on when it is back."
+    left = rollout.spec.ready_timeout_s - (snapshot.now - rollout.canary_lost_at)
+    return f"{away} Rolled back in {span(left)} if {_version(rollout)} is not back."
+
+
+def _until_ready(rollout: Rollout, snapshot: Snapshot) -> str:
+    left = rollout.spec.ready_timeout_s - (snapshot.now - rollout.entered_at)
+    begin = "Shadow traffic begins" if rollout.spec.shadow else "The first step begins"
+    return (
+        f"{begin} when {_version(rollout)} is ready: {snapshot.canary_ready} of "
+        f"{max(1, snapshot.canary_wanted)} replicas are; given up in {span(left)}."
+    )
+
+
+def _until_shadowed(rollout: Rollout, snapshot: Snapshot) -> str:
+    shadow, then = rollout.spec.shadow, _following(rollout)
+    if shadow is None:
+        return f"{then} at once."
+    left = shadow.max_duration_s - (snapshot.now - rollout.entered_at)
+    if left <= 0 or pairs_compared(snapshot) >= shadow.min_pairs:
+        return _asking(rollout, snapshot, then)
+    return (
+        f"{then} after {shadow.min_pairs} pairs of answers ({pairs_compared(snapshot)} compared), "
+        f"or in {span(left)}."
+    )
+
+
+def _until_stepped(rollout: Rollout, snapshot: Snapshot) -> str:
+    step, then = rollout.current_step, _following(rollout)
+    if step is None:
+        return f"{then} at once."
+    then = f"The gate of step {rollout.step + 1} is asked" if step.gate else then
+    left = step.hold_s - (snapshot.now - rollout.step_entered_at)
+    if left > 0:
+        return f"{then} in {span(left)} if nothing speaks against it."
+    missing = missing_evidence(rollout, snapshot)
+    if not missing:
+        return _asking(rollout, snapshot, then)
+    rule = rollout.spec.analysis.on_insufficient_data
+    since = snapshot.now if rollout.waiting_since is None else rollout.waiting_since
+    over = rule.after_s - (snapshot.now - since)
+    action = {"pause": "is paused", "rollback": "is rolled back", "proceed": "goes on"}[rule.action]
+    return (
+        f"{then} once there is evidence: {'; '.join(missing)}. "
+        f"Without it the rollout {action} in {span(over)}."
+    )
+
+
+def _until_passed(rollout: Rollout, snapshot: Snapshot) -> str:
+    step, then = rollout.current_step, _following(rollout)
+    if step is None or step.gate is None or gate_passed(rollout, snapshot):
+        return _asking(rollout, snapshot, then)
+    gate = step.gate
+    asked = "a person approves" if gate.type == "manual" else f"{gate.url} says yes"
+    over = gate.timeout_s - (snapshot.now - rollout.entered_at)
+    action = {"pause": "is paused", "rollback": "is rolled back", "proceed": "goes on"}
+    return f"{then} when {asked}. Without it the rollout {action[gate.on_timeout]} in {span(over)}."
+
+
+def _asking(rollout: Rollout, snapshot: Snapshot, then: str) -> str:
+    finding = find_event(rollout, snapshot)
+    return f"{then} at once." if finding.event else f"{then} after {finding.reason}."
+
+
+def _following(rollout: Rollout) -> str:
+    number = rollout.step + 1
+    if number >= len(rollout.spec.steps):
+        return f"{_version(rollout).capitalize()} is promoted"
+    return f"Step {number + 1} ({rollout.spec.steps[number].weight:g} %) begins"
+
+
+def _ended(rollout: Rollout, snapshot: Snapshot) -> str:
+    if rollout.state is not State.SUCCEEDED:
+        return f"Nothing: it was rolled back ({rollout.reason})."
+    if rollout.warm_until is None or rollout.warm_until <= snapshot.now:
+        return f"Nothing: it has succeeded, and version {rollout.stable} is no longer kept."
+    left = span(rollout.warm_until - snapshot.now)
+    return f"Version {rollout.stable} is kept for another {left}; a rollback to it is immediate."
+
+
+def _version(rollout: Rollout) -> str:
+    return f"version {rollout.canary}"
+
+
+def _words(state: State) -> str:
+    return state.value.replace("_", " ")

@@ -1,0 +1,375 @@
+"""Which event a tick finds: what brings danger first, then whether the state has done its work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction, TriggerAction, Webhook
+from serving.core.rollout_states import PAUSABLE, Event, State
+from serving.core.rollout_types import Hook, Outcome, Rollout, Snapshot, Verdict
+
+WATCHED: Final = frozenset(
+    {
+        State.SHADOWING,
+        State.OBSERVING,
+        State.AWAITING_GATE,
+        State.PROMOTING,
+        State.BAKING,
+    }
+)
+"""Stages with canary traffic, paused or not: arms are watched, triggers judged and obeyed."""
+
+_COMPARED_KINDS: Final = frozenset({"errors", "latency"})
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The event that a tick found with its reason; or none, and whether evidence is waited for."""
+
+    event: Event | None = None
+    reason: str = ""
+    waiting: bool = False
+
+
+NOTHING: Final = Finding()
+
+
+def find_event(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    """The event that this tick brings to a rollout whose verdicts are up to date."""
+    if rollout.stage in WATCHED:
+        finding = _danger(rollout, snapshot)
+        # A lost arm stops every clock but that of its own return.
+        if finding.event or rollout.state is State.PAUSED or lost_arms(rollout):
+            return finding
+    match rollout.state:
+        case State.PENDING:
+            return _asked(rollout, snapshot, "pre-rollout", Event.START, "the rollout may begin")
+        case State.PREPARING:
+            return _preparing(rollout, snapshot)
+        case State.PROMOTING:
+            return _promoting(rollout, snapshot)
+        case State.BAKING:
+            return _baking(rollout, snapshot)
+        case State.ROLLING_BACK | State.ROLLBACK_FAILED:
+            return _taking_back(rollout, snapshot)
+        case State.SHADOWING | State.OBSERVING | State.AWAITING_GATE:
+            return _stepping(rollout, snapshot)
+    return NOTHING
+
+
+def lost_arms(rollout: Rollout) -> tuple[str, ...]:
+    """The versions that have no ready replica now, stable first."""
+    stable = (rollout.stable,) if rollout.stable_lost_at is not None else ()
+    canary = (rollout.canary,) if rollout.canary_lost_at is not None else ()
+    return stable + canary
+
+
+def fired(rollout: Rollout, action: TriggerAction) -> tuple[Verdict, ...]:
+    """The verdicts that fail, ask for `action`, and were not resumed past."""
+    return tuple(
+        v
+        for v in rollout.verdicts
+        if v.verdict is Outcome.FAIL
+        and v.action == action
+        and (v.trigger, Outcome.FAIL) not in rollout.acknowledged
+    )
+
+
+def missing_evidence(rollout: Rollout, snapshot: Snapshot) -> tuple[str, ...]:
+    """Why the running step may not end although its hold is over, one sentence each.
+
+    No data is no success: a step with traffic needs canary requests of its own, every provider's
+    answer, and a pass of each trigger in its `require_pass`.
+    """
+    step = rollout.current_step
+    analysis = rollout.spec.analysis
+    if step is None or analysis.dry_run:
+        return ()
+    verdicts = {v.trigger: v for v in rollout.verdicts}
+    found = [
+        f"the step requires a pass of {verdicts[name].sentence if name in verdicts else name}"
+        for name in step.require_pass
+        if name not in verdicts or verdicts[name].verdict is not Outcome.PASS
+    ]
+    found += [v.sentence for v in verdicts.values() if _unanswered(rollout, v)]
+    compared = any(t.kind in _COMPARED_KINDS for t in analysis.triggers)
+    units = step_requests(rollout, snapshot)
+    if step.weight > 0 and compared and units < analysis.min_units:
+        found.append(
+            f"version {rollout.canary} has answered {units} of the {analysis.min_units} requests "
+            "that this step needs"
+        )
+    return tuple(found)
+
+
+def _unanswered(rollout: Rollout, verdict: Verdict) -> bool:
+    """Whether a provider has not said "ok", and nobody resumed past that."""
+    trigger, step = rollout.spec.analysis.trigger(verdict.trigger), rollout.current_step
+    if trigger is None or trigger.kind not in PROVIDER_KINDS or step is None:
+        return False
+    known = (verdict.trigger, verdict.verdict.value) in rollout.acknowledged
+    required = verdict.trigger in step.require_pass
+    return not known and not required and verdict.verdict is not Outcome.PASS
+
+
+def due_hooks(rollout: Rollout, snapshot: Snapshot) -> tuple[Hook, ...]:
+    """The web services that the rollout waits for now, to be asked until it goes on."""
+    if rollout.state is State.PENDING:
+        return _hooks(rollout, "pre-rollout")
+    gate = rollout.current_step.gate if rollout.current_step is not None else None
+    at_gate = rollout.state is State.AWAITING_GATE and not gate_passed(rollout, snapshot)
+    if at_gate and gate is not None and gate.type == "webhook":
+        return (Hook(gate_key(rollout.step), gate.url, _GATE_TIMEOUT_S, gate.secret_env),)
+    if work_done(rollout, snapshot) and not _gate_ahead(rollout):
+        return _hooks(rollout, "pre-step")
+    return ()
+
+
+_GATE_TIMEOUT_S: Final = 10.0
+
+
+def gate_key(step: int) -> str:
+    """Where `Snapshot.providers` has the answer of a step's webhook gate."""
+    return f"gate:{step}"
+
+
+def gate_passed(rollout: Rollout, snapshot: Snapshot) -> str:
+    """Who passed the running step's gate and why, as a sentence; "" where nobody has."""
+    approval = next((a for a in reversed(rollout.approvals) if a.step == rollout.step), None)
+    if approval is not None:
+        return f"{approval.actor} approved: {approval.reason or 'no reason given'}"
+    answer = snapshot.providers.get(gate_key(rollout.step))
+    return "the gate's webhook said yes" if answer and answer.outcome == "ok" else ""
+
+
+def work_done(rollout: Rollout, snapshot: Snapshot) -> str:
+    """Why the shadow, the step or its gate is done, as a sentence; "" while it is not."""
+    if lost_arms(rollout):
+        return ""
+    if rollout.state is State.SHADOWING:
+        return _shadow_done(rollout, snapshot)
+    if rollout.state is State.AWAITING_GATE:
+        return gate_passed(rollout, snapshot)
+    step = rollout.current_step
+    if rollout.state is not State.OBSERVING or step is None:
+        return ""
+    if snapshot.now - rollout.step_entered_at < step.hold_s or missing_evidence(rollout, snapshot):
+        return ""
+    return f"step {rollout.step + 1} ({step.weight:g} %) held for {span(step.hold_s)}, no objection"
+
+
+def pairs_compared(snapshot: Snapshot) -> int:
+    """Pairs of answers that shadow traffic has compared."""
+    return sum(c.pairs for c in snapshot.counts.values())
+
+
+def step_requests(rollout: Rollout, snapshot: Snapshot) -> int:
+    """Requests that the canary has had in the running step."""
+    epochs = (e.epoch for e in rollout.epochs if e.step == rollout.step)
+    counts = (snapshot.counts[e] for e in epochs if e in snapshot.counts)
+    return sum(row.requests for c in counts for row in c.canary.values())
+
+
+def span(seconds: float) -> str:
+    """A duration for a person: "45 s", "2 min", "1 h 30 min"."""
+    whole = max(0, round(seconds))
+    if whole < 120:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if rest else f"{hours} h"
+
+
+def _danger(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    acts = not rollout.spec.analysis.dry_run
+    if acts and (failing := fired(rollout, "rollback")):
+        return Finding(Event.FAIL, _sentences(failing))
+    if gone := _canary_gone(rollout, snapshot):
+        return Finding(Event.NOT_READY, gone)
+    if not acts:
+        return NOTHING
+    if silent := _silent_provider(rollout, snapshot):
+        action = rollout.spec.analysis.on_provider_error.action
+        if action == "rollback" or rollout.state in PAUSABLE:
+            return Finding(_EVENTS[action], silent)
+    if rollout.state in PAUSABLE and (failing := fired(rollout, "pause")):
+        return Finding(Event.PAUSE, _sentences(failing))
+    return NOTHING
+
+
+_EVENTS: Final[dict[TriggerAction, Event]] = {"rollback": Event.FAIL, "pause": Event.PAUSE}
+
+
+def _sentences(verdicts: tuple[Verdict, ...]) -> str:
+    return "; ".join(v.sentence for v in verdicts)
+
+
+def _canary_gone(rollout: Rollout, snapshot: Snapshot) -> str:
+    if snapshot.canary_failed:
+        return f"version {rollout.canary} failed: {snapshot.canary_failed}"
+    lost_at, limit = rollout.canary_lost_at, rollout.spec.ready_timeout_s
+    if lost_at is not None and snapshot.now - lost_at >= limit:
+        return f"version {rollout.canary} has had no ready replica for {span(limit)}"
+    return ""
+
+
+def _silent_provider(rollout: Rollout, snapshot: Snapshot) -> str:
+    limit = rollout.spec.analysis.on_provider_error.count
+    for trigger in rollout.spec.analysis.triggers:
+        answer = snapshot.providers.get(trigger.name)
+        if trigger.kind not in PROVIDER_KINDS or answer is None or answer.errors < limit:
+            continue
+        if (trigger.name, Outcome.UNKNOWN) not in rollout.acknowledged:
+            about = f": {answer.message}" if answer.message else ""
+            return f"{trigger.name} did not answer {answer.errors} times in a row{about}"
+    return ""
+
+
+def _preparing(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    if snapshot.canary_failed:
+        return Finding(
+            Event.NOT_READY, f"version {rollout.canary} cannot start: {snapshot.canary_failed}"
+        )
+    # Capacity before weight: all replicas, not the first.
+    wanted = max(1, snapshot.canary_wanted)
+    if snapshot.canary_ready >= wanted:
+        return Finding(Event.READY, f"all {wanted} replicas of version {rollout.canary} are ready")
+    if snapshot.now - rollout.entered_at >= rollout.spec.ready_timeout_s:
+        limit = span(rollout.spec.ready_timeout_s)
+        return Finding(
+            Event.NOT_READY,
+            f"{snapshot.canary_ready} of {wanted} replicas of version {rollout.canary} were ready "
+            f"after {limit}",
+        )
+    return NOTHING
+
+
+def _promoting(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    if snapshot.gateways_at < snapshot.revision:
+        return NOTHING
+    return Finding(Event.PROMOTED, f"every gateway sends all requests to version {rollout.canary}")
+
+
+def _baking(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    if snapshot.now - rollout.entered_at < rollout.spec.bake.duration_s:
+        return NOTHING
+    return Finding(Event.BAKE_DONE, f"{span(rollout.spec.bake.duration_s)} of bake, no objection")
+
+
+def _taking_back(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    # Where the canary never had traffic there is nothing that stable would have to take over.
+    carried = any(e.weight > 0 for e in rollout.epochs)
+    if snapshot.gateways_at < snapshot.revision:
+        problem = f"a gateway still runs revision {snapshot.gateways_at} of the routes"
+    elif carried and snapshot.stable_ready < 1:
+        problem = f"version {rollout.stable} has no ready replica"
+    else:
+        # Why it was taken back is what people ask for later.
+        return Finding(Event.DRAINED, rollout.reason)
+    overdue = snapshot.now - rollout.entered_at >= rollout.spec.ready_timeout_s
+    if overdue and rollout.state is State.ROLLING_BACK:
+        return Finding(Event.STUCK, f"{problem}; taken back because: {rollout.reason}")
+    return NOTHING
+
+
+def _stepping(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    if done := work_done(rollout, snapshot):
+        return _forward(rollout, snapshot, done)
+    if rollout.state is State.AWAITING_GATE:
+        return _gate_timeout(rollout, snapshot)
+    step = rollout.current_step
+    if rollout.state is State.SHADOWING or step is None:
+        return NOTHING
+    if snapshot.now - rollout.step_entered_at < step.hold_s:
+        return NOTHING
+    return _insufficient(rollout, snapshot)
+
+
+def _forward(rollout: Rollout, snapshot: Snapshot, done: str) -> Finding:
+    if _gate_ahead(rollout):
+        return Finding(Event.GATE_NEEDED, f"{done}; the gate decides")
+    if rollout.step + 1 >= len(rollout.spec.steps):
+        event = Event.PROMOTE
+    elif rollout.state is State.SHADOWING:
+        event = Event.SHADOW_DONE
+    else:
+        event = Event.GATE_PASSED if rollout.state is State.AWAITING_GATE else Event.STEP_DONE
+    return _asked(rollout, snapshot, "pre-step", event, done)
+
+
+def _gate_ahead(rollout: Rollout) -> bool:
+    step = rollout.current_step
+    return rollout.state is State.OBSERVING and step is not None and step.gate is not None
+
+
+def _shadow_done(rollout: Rollout, snapshot: Snapshot) -> str:
+    shadow = rollout.spec.shadow
+    if shadow is None:
+        return "the plan has no shadow traffic"
+    pairs = pairs_compared(snapshot)
+    if pairs >= shadow.min_pairs:
+        return f"{pairs} pairs of answers were compared"
+    if snapshot.now - rollout.entered_at >= shadow.max_duration_s:
+        return f"{span(shadow.max_duration_s)} of shadow traffic gave {pairs} pairs of answers"
+    return ""
+
+
+def _gate_timeout(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    step = rollout.current_step
+    gate = step.gate if step is not None and step.gate is not None else Gate()
+    if snapshot.now - rollout.entered_at < gate.timeout_s:
+        return NOTHING
+    reason = f"nobody passed the gate of step {rollout.step + 1} within {span(gate.timeout_s)}"
+    return _timed_out(rollout, snapshot, gate.on_timeout, reason)
+
+
+def _insufficient(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    why = "; ".join(missing_evidence(rollout, snapshot))
+    rule = rollout.spec.analysis.on_insufficient_data
+    since = snapshot.now if rollout.waiting_since is None else rollout.waiting_since
+    if snapshot.now - since < rule.after_s:
+        return Finding(reason=why, waiting=True)
+    reason = f"evidence was still missing {span(rule.after_s)} after the hold: {why}"
+    return _timed_out(rollout, snapshot, rule.action, reason)
+
+
+def _timed_out(rollout: Rollout, snapshot: Snapshot, action: TimeoutAction, reason: str) -> Finding:
+    if action == "proceed":
+        return _forward(rollout, snapshot, f"{reason}; the plan says to proceed")
+    return Finding(_EVENTS[action], reason)
+
+
+def _asked(
+    rollout: Rollout,
+    snapshot: Snapshot,
+    event: str,
+    then: Event,
+    reason: str,
+) -> Finding:
+    """`then`, once every webhook of this event has said yes."""
+    for webhook, hook in zip(_webhooks(rollout, event), _hooks(rollout, event), strict=True):
+        answer = snapshot.providers.get(hook.key)
+        if answer is not None and answer.fails >= webhook.failures:
+            return Finding(
+                Event.FAIL,
+                f"the {event} webhook at {webhook.url} refused {answer.fails} times in a row",
+            )
+        if answer is None or answer.outcome != "ok":
+            return Finding(reason=f"waiting for the {event} webhook at {webhook.url}")
+    return Finding(then, reason)
+
+
+def _webhooks(rollout: Rollout, event: str) -> tuple[Webhook, ...]:
+    return tuple(w for w in rollout.spec.webhooks if w.event == event)
+
+
+def _hooks(rollout: Rollout, event: str) -> tuple[Hook, ...]:
+    # One key a step: the yes to one step is no yes to the next.
+    place = f"{event}:{rollout.step + 1}"
+    return tuple(
+        Hook(f"{place}:{i}", w.url, w.timeout_s, w.secret_env)
+        for i, w in enumerate(_webhooks(rollout, event))
+    )

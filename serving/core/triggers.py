@@ -1,0 +1,215 @@
+"""What takes a version back: every trigger of a plan, judged by a rollout's counts.
+
+One function a kind, `KINDS` is their table: a new kind is a new row. Each looks at frozen data and
+returns a `Verdict` that has its numbers and says in a sentence how they led to it.
+
+Kinds with a weight bet against "the canary is no worse than tolerated" and fail when their e-value
+reaches 1/(weight·α): looked at after every tick, in any order, all of them together fail a healthy
+version with a chance of at most α. They pass, for steps that require it, when the e-value of the
+opposite claim reaches 1/β, and hold while neither is so. The other kinds are hard: what they count
+does not happen to a healthy version, or somebody else decides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from serving.core.evidence import (
+    log_average,
+    log_e_bounded,
+    log_e_bounded_pass,
+)
+from serving.core.hard_triggers import breaker, crash_loop, provider, slo_burn
+from serving.core.rollout_counts import (
+    LATENCY_BOUNDS,
+    NOTHING,
+    ArmCountsRow,
+    Tally,
+)
+from serving.core.rollout_spec import Trigger, TriggerKind
+from serving.core.rollout_types import Epoch, Rollout, Snapshot, Verdict
+from serving.core.two_arms import Comparison, Count, Null
+from serving.core.verdicts import Finding, hold, judge, milliseconds, out_of, percent
+
+# A version that is half as slow again may leave the tail as it is. So latency has a second bound,
+# near the median, where stable itself is often: there only a clearly larger share counts.
+BODY: Final = Null(r0=1.5, delta=0.05)
+# What is bet on shares of pairs: small ones; to pass, smaller still.
+DISAGREEING: Final = (0.5, 5.0)
+_AGREEING: Final = (0.5, 50.0)
+
+Judge = Callable[[Trigger, Rollout, Snapshot], Verdict]
+
+
+def evaluate(rollout: Rollout, snapshot: Snapshot) -> tuple[Verdict, ...]:
+    """A verdict of every trigger of the rollout's plan, in the plan's order."""
+    return tuple(KINDS[t.kind](t, rollout, snapshot) for t in rollout.spec.analysis.triggers)
+
+
+def _errors(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
+    """Requests that an arm failed, against stable's at the same time."""
+    both = Comparison(rollout.epochs, snapshot.counts, _failures, assigned=True)
+    facts = f"canary failed {out_of(both.canary, 'requests')}, stable {out_of(both.stable)}"
+    found = _weigh([(both, _null(trigger))], rollout, "requests", facts)
+    return judge(trigger, rollout.spec.analysis, found)
+
+
+def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
+    """Answers slower than bounds that stable's own latency set: in the tail, and in the body."""
+    nulls = (_null(trigger), BODY)
+    bets = [
+        (Comparison(rollout.epochs, snapshot.counts, _slower_than(i), assigned=False), null)
+        for i, null in enumerate(nulls)
+    ]
+    frozen = [e.latency_bounds for e in rollout.epochs if e.latency_bounds]
+    if not frozen:
+        return hold(trigger, "waits for enough answers of stable to judge by")
+    facts = "; ".join(
+        f"longer than {milliseconds(LATENCY_BOUNDS[bound])} took "
+        f"{out_of(both.canary, 'canary answers')} and {out_of(both.stable, 'of stable')}"
+        for (both, _), bound in zip(bets, frozen[-1], strict=True)
+    )
+    found = _weigh(bets, rollout, "answers", facts)
+    return judge(trigger, rollout.spec.analysis, found)
+
+
+def _labels(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
+    """Answers that their late labels proved wrong."""
+    both = Comparison(rollout.epochs, snapshot.counts, _wrong, assigned=False)
+    facts = (
+        f"canary was wrong in {out_of(both.canary, 'labelled answers')}, "
+        f"stable in {out_of(both.stable)}"
+    )
+    found = _weigh([(both, _null(trigger))], rollout, "labelled answers", facts)
+    return judge(trigger, rollout.spec.analysis, found)
+
+
+def _drift(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
+    """Predictions that the canary gives more often than stable, in any of stable's frequent bins.
+
+    What becomes rarer makes something else more frequent, so one direction is enough.
+    """
+    names = list(dict.fromkeys(name for e in rollout.epochs for name in e.drift_bins or ()))
+    if not names:
+        return hold(trigger, "waits for predictions of stable to judge by")
+    bins = {name: _predicted(name) for name in names} | {"any other": _predicted(None)}
+    bets = [
+        (Comparison(rollout.epochs, snapshot.counts, count, assigned=False), _null(trigger))
+        for count in bins.values()
+    ]
+    planned = _planned(rollout)
+    grown = [both.log_e(null, planned) for both, null in bets]
+    most = max(range(len(bets)), key=grown.__getitem__)
+    label, (both, _) = list(bins)[most], bets[most]
+    facts = (
+        f"canary predicted {label} in {out_of(both.canary, 'answers')}, "
+        f"stable in {out_of(both.stable)}"
+    )
+    return judge(
+        trigger,
+        rollout.spec.analysis,
+        Finding(
+            log_e=log_average(grown),
+            log_e_pass=min(b.log_e_pass(null) for b, null in bets),
+            canary=both.canary,
+            stable=both.stable,
+            clusters=both.clusters,
+            units="answers",
+            facts=facts,
+        ),
+    )
+
+
+def _disagreement(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
+    """Shadow pairs whose answers differ, against a bound."""
+    n = sum(c.pairs for c in snapshot.counts.values())
+    k = sum(c.disagreements for c in snapshot.counts.values())
+    return judge(
+        trigger,
+        rollout.spec.analysis,
+        Finding(
+            log_e=log_e_bounded(k, n, trigger.q0, *DISAGREEING),
+            log_e_pass=log_e_bounded_pass(k, n, trigger.q0, *_AGREEING),
+            canary=(n, k),
+            stable=(0, 0),
+            clusters=k,
+            units="shadow pairs",
+            facts=f"canary disagreed with stable in {out_of((n, k), 'shadow pairs')} "
+            f"(tolerated: {percent(trigger.q0)})",
+        ),
+    )
+
+
+KINDS: Final[Mapping[TriggerKind, Judge]] = {
+    "errors": _errors,
+    "latency": _latency,
+    "disagreement": _disagreement,
+    "drift": _drift,
+    "labels": _labels,
+    "crash_loop": crash_loop,
+    "breaker": breaker,
+    "slo_burn": slo_burn,
+    "promql": provider,
+    "webhook": provider,
+}
+"""How a trigger of each kind judges."""
+
+
+def _weigh(
+    bets: Sequence[tuple[Comparison, Null]], rollout: Rollout, units: str, facts: str
+) -> Finding:
+    """Average the bets; then set each replica of the canary aside, and believe the least of it."""
+    planned = _planned(rollout)
+    whole = log_average([both.log_e(null, planned) for both, null in bets])
+    without = {
+        replica: log_average([both.log_e_without(replica, null, planned) for both, null in bets])
+        for replica in bets[0][0].witnesses
+    }
+    worst = min(without, key=without.__getitem__) if without else ""
+    doubted = bool(worst) and without[worst] < whole
+    return Finding(
+        log_e=without[worst] if doubted else whole,
+        log_e_pass=min(both.log_e_pass(null) for both, null in bets),
+        canary=bets[0][0].canary,
+        stable=bets[0][0].stable,
+        clusters=max(both.clusters for both, _ in bets),
+        units=units,
+        facts=facts,
+        alone=(worst, whole) if doubted else None,
+    )
+
+
+def _planned(rollout: Rollout) -> int:
+    """Steps with both arms open: at each a canary may turn bad."""
+    return sum(0 < step.weight < 100 for step in rollout.spec.steps)
+
+
+def _null(trigger: Trigger) -> Null:
+    return Null(trigger.r0, trigger.delta)
+
+
+def _failures(_: Epoch, row: ArmCountsRow) -> Tally:
+    return row.failures
+
+
+def _wrong(_: Epoch, row: ArmCountsRow) -> Tally:
+    return (*row.labels, *row.labels)
+
+
+def _slower_than(which: int) -> Count:
+    def count(epoch: Epoch, row: ArmCountsRow) -> Tally:
+        return row.slow(epoch.latency_bounds[which]) if epoch.latency_bounds else NOTHING
+
+    return count
+
+
+def _predicted(name: str | None) -> Count:
+    """Predictions of one name; without one, of none that is a bin."""
+
+    def count(epoch: Epoch, row: ArmCountsRow) -> Tally:
+        if not epoch.drift_bins or not (name is None or name in epoch.drift_bins):
+            return NOTHING
+        return row.predicted({name}) if name else row.predicted(epoch.drift_bins, other=True)
+
+    return count

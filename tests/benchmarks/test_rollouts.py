@@ -1,0 +1,287 @@
+"""Simulated rollouts decide as the product decides, and the peers' rules as their authors wrote."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import mannwhitneyu, norm
+
+from benchmarks.rollouts import __main__ as command
+from benchmarks.rollouts import comparison, false_rollbacks, simulate, traffic
+from benchmarks.rollouts.judge import Judge, fails, judges
+from benchmarks.rollouts.peers import ARGO, FLAGGER, Kayenta, ThresholdRule, mann_whitney_z
+from benchmarks.rollouts.traffic import Cell, Fault, Plan, default_ramp
+from serving.core.rollout import new_rollout
+from serving.core.rollout_counts import ArmCountsRow, EpochCounts, Histogram
+from serving.core.rollout_spec import default_plan
+from serving.core.rollout_types import Epoch, Outcome, Rollout, Snapshot
+from serving.core.triggers import KINDS
+
+CANARY = default_plan("canary")
+WEIGHTS = np.array([0.0, 0.01, 0.05, 0.25, 0.5])
+TAIL, BODY = 100, 60
+CLASSES = [f"class {i}" for i in range(10)]
+
+
+def random_table(judge: Judge, rng: np.random.Generator, items: int) -> np.ndarray:
+    """Counts (items, bets, 3, epochs, 4), of canaries from healthy to bad."""
+    shape = (items, len(judge.bets), 3, len(WEIGHTS))
+    shares = np.stack([WEIGHTS / 2, WEIGHTS / 2, 1 - WEIGHTS])
+    scale = 10 ** rng.uniform(1, 4.5, (items, 1, 1, 1))
+    batches = rng.poisson(scale * shares, shape)
+    n = batches + rng.poisson(batches * rng.uniform(0, 10, (items, 1, 1, 1)))
+    worse = np.where(np.arange(3)[:, None] < 2, rng.uniform(1, 9, shape[:2])[..., None, None], 1)
+    share = np.minimum(10 ** rng.uniform(-3, -0.7, (items, len(judge.bets), 1, 1)) * worse, 0.9)
+    failed = rng.binomial(batches, share)
+    k = failed + rng.binomial(n - batches, failed / np.maximum(batches, 1) * rng.uniform())
+    table = np.stack([n, k, batches, failed], axis=-1).astype(float)
+    running = rng.integers(1, len(WEIGHTS), (items, 1, 1, 1, 1))
+    table *= np.arange(len(WEIGHTS))[:, None] <= running
+    if judge.name == "labels":
+        table[..., 2:] = table[..., :2]
+    if judge.name != "errors":
+        table[..., 0, :] = 0  # nothing is frozen before the first step, and no label is known
+    return table
+
+
+def latencies(slow: np.ndarray) -> dict[str, Histogram]:
+    """Histograms that have these tail and body tallies (2, 4)."""
+
+    def histogram(tail: float, body: float, n: float) -> Histogram:
+        counted = {TAIL + 1: tail, BODY + 1: body - tail, 1: n - body}
+        return Histogram({bucket: int(count) for bucket, count in counted.items() if count})
+
+    (n, tail, batches, tail_batches), (_, body, _, body_batches) = slow
+    return {
+        "latency": histogram(tail, body, n),
+        "batch_latency": histogram(tail_batches, body_batches, batches),
+    }
+
+
+def row(name: str, tallies: np.ndarray) -> ArmCountsRow:
+    """What a replica must have counted so that its trigger sees these tallies (bets, 4)."""
+    n, k, batches, failed = (int(x) for x in tallies[0])
+    if name == "errors":
+        return ArmCountsRow(requests=n, failed=k, batches=batches, failed_batches=failed)
+    if name == "labels":
+        return ArmCountsRow(labels=(n, k))
+    if name == "latency":
+        return ArmCountsRow(**latencies(tallies))
+    predictions = dict(zip([*CLASSES, "rare"], tallies[:, 1].astype(int).tolist(), strict=True))
+    return ArmCountsRow(requests=n, predictions=predictions)
+
+
+def as_product(name: str, table: np.ndarray) -> tuple[Rollout, Snapshot]:
+    """The rollout and snapshot with the counts (bets, 3, epochs, 4)."""
+    epochs = tuple(
+        Epoch(i, i - 1, w, (TAIL, BODY) if i else None, tuple(CLASSES) if i else None)
+        for i, w in enumerate(WEIGHTS)
+    )
+    counts = {
+        e.epoch: EpochCounts(
+            stable={"s": row(name, table[:, 2, e.epoch])},
+            canary={r: row(name, table[:, i, e.epoch]) for i, r in enumerate("ab")},
+        )
+        for e in epochs
+    }
+    rollout = new_rollout(
+        "r",
+        model="m",
+        stable=("1", ""),
+        canary=("2", ""),
+        spec=CANARY,
+        salt="",
+        actor="",
+        reason="",
+        now=0.0,
+    )
+    snapshot = Snapshot(0.0, 2, 2, 2, 1, 1, counts=counts)
+    return replace(rollout, epochs=epochs), snapshot
+
+
+def nested(judge: Judge, table: np.ndarray) -> np.ndarray:
+    """Tables as a gateway could have counted them: who is past the tail is past the body."""
+    if judge.name == "latency":
+        table[:, 1, ..., ::2] = table[:, 0, ..., ::2]
+        table[:, 1, ..., 1::2] = table[..., 1::2].max(axis=1).clip(max=table[:, 0, ..., ::2])
+    if judge.name == "drift":
+        table[:, :, 1] = 0  # one replica is enough: drift does not ask for it
+        table[..., 0] = table[..., 1].sum(axis=1, keepdims=True)
+        table[..., 2:] = table[..., :2]
+    return table
+
+
+@pytest.mark.parametrize("judge", judges(CANARY.analysis), ids=lambda judge: judge.name)
+def test_many_rollouts_are_judged_as_the_product_judges_each(judge: Judge):
+    table = nested(judge, random_table(judge, np.random.default_rng(7), 300))
+    trigger = CANARY.analysis.trigger(judge.name)
+    assert trigger is not None
+    log_e, failing = fails(judge, table, WEIGHTS)
+    verdicts = [KINDS[trigger.kind](trigger, *as_product(judge.name, item)) for item in table]
+    assert log_e == pytest.approx([v.log_e for v in verdicts], rel=1e-9, abs=1e-9)
+    assert failing.tolist() == [v.verdict is Outcome.FAIL for v in verdicts]
+    assert 10 < failing.sum() < 290  # both outcomes were compared
+
+
+def test_what_is_not_looked_at_closely_could_not_have_failed():
+    cell = Cell(200.0, 0.005, "batches", Fault(errors=6.0, latency=1.5))
+    plan = Plan.of(CANARY, (60, 60, 60, 60), cell.rate)
+    counts = traffic.draw(cell, plan, 40, np.random.default_rng(3))
+    found = 0
+    for judge in judges(CANARY.analysis):
+        rng = np.random.default_rng(5)
+        quick = simulate._first_failure(judge, counts, plan, rng)
+        found += int(np.isfinite(quick).sum())
+        closed = {v: np.full((40, len(judge.bets), 4), 99.0) for v in simulate._views(judge)}
+        history = simulate._History.of(judge, counts, plan)
+        skipped = ~simulate._possible_blocks(
+            judge,
+            history,
+            {v: simulate._closed_ceiling(judge, history, plan, v) for v in simulate._views(judge)},
+            plan,
+        )
+        for block in range(plan.blocks):
+            row = np.nonzero(skipped[:, block])[0]
+            if row.size:
+                at = simulate._look_closely(
+                    judge, counts, history, closed, plan, row, np.intp(block), rng
+                )
+                assert np.isinf(at).all()
+    assert found > 5
+
+
+@pytest.mark.parametrize("scenario", traffic.SCENARIOS)
+def test_healthy_canaries_are_kept(scenario: traffic.Scenario):
+    fired = simulate.run(Cell(200.0, 0.005, scenario), default_ramp(200.0), 200, seed=11)
+    assert np.isfinite(fired.at).sum() <= 4  # of 200, where 2 are allowed on average
+
+
+def test_a_failing_canary_is_taken_back_in_seconds_and_for_its_errors():
+    cell = Cell(200.0, 0.001, fault=Fault(errors=500), replicas=1)
+    fired = simulate.run(cell, default_ramp(200.0), 100, seed=1)
+    assert np.isfinite(fired.at).all()
+    assert np.median(fired.at) < 60
+    assert {fired.triggers[i] for i in fired.trigger} <= {"errors", "slo_burn"}
+    assert (fired.failed > 0).all()
+    assert (fired.failed <= fired.served).all()
+
+
+def test_a_fault_that_starts_late_is_not_caught_before():
+    cell = Cell(200.0, 0.001, fault=Fault(errors=200, from_step=2))
+    plan = default_ramp(200.0)
+    fired = simulate.run(cell, plan, 100, seed=1)
+    assert (fired.at > plan.starts_s(2)).all()
+    assert np.isfinite(fired.at).all()
+
+
+def test_disagreeing_shadows_are_caught_before_the_first_step():
+    cell = Cell(200.0, 0.001, fault=Fault(disagreement=10))
+    fired = simulate.run(cell, default_ramp(200.0), 100, seed=1)
+    assert (fired.at <= 0).all()
+    assert (fired.served == 0).all()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_events_have_the_share_that_was_asked_for(together: bool):
+    rng = np.random.default_rng(2)
+    batches = rng.poisson(50, 20_000)
+    n = batches + rng.poisson(batches * 7.0)
+    drawn = traffic._events(rng, n, batches, 8.0, 0.02, together=together)
+    requests, events, _, failed = drawn.sum(axis=0)
+    assert events / requests == pytest.approx(0.02, rel=0.02)
+    assert events / failed == pytest.approx(8.0 if together else 0.16 / (1 - 0.98**8), rel=0.03)
+    assert (drawn[:, 1] <= drawn[:, 0]).all()
+
+
+def test_seconds_add_up_to_their_block():
+    rng = np.random.default_rng(4)
+    totals = np.array([[900, 40, 300, 30], [0, 0, 0, 0], [7, 7, 2, 2]], float)
+    seconds = traffic.split(totals, 20, rng)
+    assert (seconds[:, -1] == totals).all()
+    assert (np.diff(seconds, axis=1) >= 0).all()
+    assert (seconds[..., 1] <= seconds[..., 0]).all()
+    assert (seconds[..., 3] <= seconds[..., 2]).all()
+
+
+def minutes(values: list[float]) -> np.ndarray:
+    return np.array([values])
+
+
+def test_flagger_rolls_back_at_the_check_after_the_fifth_failed_one():
+    fine = minutes([0.01] * 12)
+    bad = minutes([0.98, 1, 0.98, 0.98, 1, 0.98, 0.98, 1, 1, 1, 1, 1])
+    assert FLAGGER.decide(bad, fine) == [8 * 60]  # successes do not take failed checks off
+    assert FLAGGER.decide(minutes([0.98] * 12), fine) == [6 * 60]
+    assert FLAGGER.decide(minutes([0.98] * 4 + [1] * 8), fine) == [np.inf]
+    assert FLAGGER.decide(minutes([1] * 12), minutes([0.6] * 12)) == [6 * 60]
+    assert FLAGGER.decide(minutes([np.nan] * 12), fine) == [6 * 60]
+
+
+def test_argo_measures_every_five_minutes_and_fails_at_the_fourth_failure():
+    fine = minutes([9.0] * 60)
+    assert ARGO.decide(minutes([0.9] * 60), fine) == [20 * 60]
+    assert ARGO.decide(minutes([0.9 if i % 5 < 4 else 1 for i in range(60)]), fine) == [np.inf]
+    assert ARGO.decide(minutes([0.95] * 60), fine) == [np.inf]
+    assert ThresholdRule(1, 0.95).decide(minutes([1, 0.9, 1]), fine[:, :3]) == [120]
+
+
+def test_kayenta_fails_a_metric_that_differs_by_more_than_its_tolerance():
+    rng = np.random.default_rng(1)
+    baseline = rng.normal(100, 5, (3, 60))
+    canary = np.stack([baseline[0] + 0.1, rng.normal(200, 5, 60), rng.normal(50, 5, 60)])
+    assert Kayenta().decide([(canary, baseline)]).tolist() == [np.inf, 3000, 3000]
+    assert Kayenta(either=False).decide([(canary, baseline)]).tolist() == [np.inf, 3000, np.inf]
+    same = np.zeros((1, 60))
+    assert Kayenta().decide([(same, same)]) == [np.inf]
+
+
+def test_the_u_statistic_is_the_textbook_s():
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 9, 50).astype(float), rng.integers(1, 10, 40).astype(float)
+    p = mannwhitneyu(x, y, alternative="two-sided", method="asymptotic").pvalue
+    assert 2 * norm.sf(abs(mann_whitney_z(x, y))) == pytest.approx(p)
+
+
+def test_tuned_rules_take_back_one_percent_of_the_canaries_they_were_tuned_by():
+    rng = np.random.default_rng(1)
+    n = 600
+    healthy = comparison.Minutes(
+        *(rng.binomial(n, 0.005, (2, 1000, 60)) / n),
+        *np.exp(rng.normal(0, 0.1, (2, 1000, 60))),
+    )
+    for failures in (1, 3):
+        at = comparison._threshold(comparison.tune(healthy, failures))(healthy)
+        assert 0.001 <= np.isfinite(at).mean() <= 0.01
+    at = comparison.tune_kayenta(healthy).decide(healthy.metrics)
+    assert 0.001 <= np.isfinite(at).mean() <= 0.01
+
+
+def test_the_upper_bound_is_clopper_and_pearson_s():
+    assert false_rollbacks.upper_bound(0, 10_000) == pytest.approx(1 - 0.025 ** (1 / 10_000))
+    assert (
+        false_rollbacks.upper_bound(81, 10_000) < 0.0101 < false_rollbacks.upper_bound(82, 10_000)
+    )
+    assert false_rollbacks.upper_bound(5, 5) == 1.0
+
+
+def test_the_command_writes_what_it_found_and_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    arguments = ["--rollouts", "500", "--cells", "independent/1/0*", "--only", "false-rollbacks"]
+    assert command.main(arguments) == 0
+    document = json.loads((tmp_path / "false-rollbacks.json").read_text(encoding="utf-8"))
+    assert [row["cell"] for row in document["rows"]] == [
+        f"independent/1/{error}" for error in ("0", "0.001", "0.005", "0.02")
+    ]
+    assert document["machine"]["command"].startswith("python -m benchmarks.rollouts")
+    assert (tmp_path / "false-rollbacks.png").stat().st_size > 1000
+    assert "0 cells" in capsys.readouterr().out
+
+
+def test_a_cell_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        command.main(["--cells", "stormy/1/0"])
+    assert "stormy/1/0: no such cell" in capsys.readouterr().err

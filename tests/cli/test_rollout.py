@@ -1,0 +1,310 @@
+"""The rollout and audit commands, as processes, against the admin API."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import pty
+import select
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.rollout_api import Desk
+from tests.e2e.deployment import SERVING, free_port, serving
+
+
+class Cli:
+    """Commands against one desk."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.env = {"SERVING_CONTROL_URL": desk.url}
+
+    def __call__(self, *arguments: str | Path, **env: str) -> str:
+        done = serving(*arguments, home=self.desk.home, env={**self.env, **env})
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return done.stdout
+
+    def json(self, *arguments: str | Path) -> Any:
+        return json.loads(self(*arguments, "--json"))
+
+    def fails(self, *arguments: str | Path, code: int = 1) -> str:
+        done = serving(*arguments, home=self.desk.home, env=self.env)
+        assert done.returncode == code, done.stdout + done.stderr
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, cli: Cli, *arguments: str) -> None:
+        self.output = ""
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            environment = {**os.environ, **cli.env, "TERM": "xterm", "COLUMNS": "100"}
+            os.execve(SERVING[0], [*SERVING, *arguments], {**environment, "LINES": "50"})
+
+    def read_until(self, text: str, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while text not in self.output:
+            readable, _, _ = select.select([self._fd], [], [], deadline - time.monotonic())
+            assert readable, f"no {text!r} in\n{self.output}"
+            assert self._read(), f"ended without {text!r}:\n{self.output}"
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._fd, b"\x03")
+
+    def wait(self) -> int:
+        """Read to the end; the exit status."""
+        while self._read():
+            pass
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._fd)
+        return os.waitstatus_to_exitcode(status)
+
+    def _read(self) -> bool:
+        try:
+            chunk = os.read(self._fd, 65536)
+        except OSError:  # how a closed terminal looks on Linux
+            return False
+        self.output += chunk.decode(errors="replace")
+        return bool(chunk)
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Iterator[Cli]:
+    """Version 1 of `digits` answers, and no rollout has been."""
+    desk = Desk(tmp_path)
+    with desk.serve():
+        yield Cli(desk)
+
+
+@pytest.fixture
+def cli(idle: Cli) -> Cli:
+    """One rollout (digits:2) is at its first step; one before it was rolled back."""
+    desk = idle.desk
+    desk.start()
+    desk.until("observing")
+    desk.until("rolled_back", failing=0.2)
+    desk.start()
+    desk.until("observing")
+    desk.pass_time(2)
+    return idle
+
+
+def test_start_says_who_what_and_why_and_names_the_command_that_watches(idle: Cli) -> None:
+    said = idle("rollout", "start", "digits", "--to", "2", "--reason", "better", SERVING_ACTOR="ci")
+    # The plan is what the model's configuration says.
+    assert "digits: rollout digits:1 from version 1 to 2 by plan fast" in said
+    assert "serving rollout watch digits" in said
+    again = idle.fails("rollout", "start", "digits", "--to", "3")
+    assert "to version 2 is pending; abort it first" in again
+    (start,) = (e for e in idle.json("audit") if e["action"] == "start")
+    assert (start["actor"], start["body"]["reason"]) == ("ci", "better")
+
+
+def test_start_by_a_plan_of_its_own(idle: Cli) -> None:
+    file = idle.desk.home / "slow.yaml"
+    file.write_text("plan: fast\nsteps: [{weight: 50, hold: 1m}]\n")
+    started = idle.json("rollout", "start", "digits", "--to", "2", "--plan", file)
+    assert started["spec"]["plan"] == "slow"
+    assert [step["hold_s"] for step in started["spec"]["steps"]] == [60.0]
+    assert started["actor"] == f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def test_a_plan_file_is_checked_before_anything_is_sent(idle: Cli) -> None:
+    file = idle.desk.home / "plan.yaml"
+    call = ("rollout", "start", "digits", "--to", "2", "--plan", file)
+    assert "plan.yaml: cannot be read" in idle.fails(*call, code=2)
+    file.write_text("steps: [{weight: 500, hold: 1m}]\n")
+    assert str(file) in (said := idle.fails(*call, code=2))
+    assert "weight" in said
+    file.write_text("[")
+    assert "is not valid YAML" in idle.fails(*call, code=2)
+    assert "'no' is no plan; allowed: canary" in idle.fails(*call[:-1], "no", code=2)
+    assert idle("rollout", "list") == "no rollout yet\n"
+    assert idle("rollout", "status") == "no rollout runs\n"
+    assert idle.json("rollout", "status") == []
+
+
+def test_status_lists_what_runs_or_shows_one(cli: Cli) -> None:
+    rows = [row for row in cli("rollout", "status").splitlines() if "digits" in row]
+    assert len(rows) == 1
+    assert "observing, step 1 of 3" in rows[0]
+    one = cli("rollout", "status", "digits")
+    assert "digits: version 1 → 2, observing, step 1 of 3, 5 % to version 2" in one
+    assert "next: Step 2 (25 %) begins in" in one
+    assert cli.json("rollout", "status", "digits:1")["state"] == "rolled_back"
+    assert [r["id"] for r in cli.json("rollout", "status")] == ["digits:2"]
+
+
+def test_list_and_history(cli: Cli) -> None:
+    assert [r["id"] for r in cli.json("rollout", "list")] == ["digits:2", "digits:1"]
+    assert [r["id"] for r in cli.json("rollout", "list", "--active")] == ["digits:2"]
+    lines = cli("rollout", "history", "digits").splitlines()
+    ids = [line.split()[0] for line in lines if "digits" in line]
+    assert ids == ["digits:2", "digits:1"]
+    assert cli("rollout", "history", "other") == "other: no rollout yet\n"
+
+
+def test_explain_shows_verdicts_and_the_last_audit_entries(cli: Cli) -> None:
+    text = cli("rollout", "explain", "digits:1")
+    assert "✗ step 1: 5 % for 5 s" in text
+    assert "canary failed 10 of 50" in text
+    assert "better on sevens" in text
+    found = cli.json("rollout", "explain", "digits")
+    assert [v["trigger"] for v in found["verdicts"]][:2] == ["errors", "latency"]
+    assert found["audit"][0]["action"] == "start"
+    assert {e["subject"] for e in found["audit"]} == {"digits:2"}
+
+
+def test_plan_says_how_soon_what_is_noticed(idle: Cli) -> None:
+    text = idle("rollout", "plan", "digits", "--to", "3", "--plan", "canary")
+    assert "digits: version 1 → 3 by plan canary" in text
+    assert "step 2: 5 % for 5 min" in text
+    assert "noticed at 200 requests a second" in text
+    (row,) = (line for line in text.splitlines() if "20% of requests fail" in line)
+    assert "errors" in row
+    assert "step 1" in row
+    found = idle.json("rollout", "plan", "digits", "--to", "3")
+    assert found["spec"]["plan"] == "fast"
+    assert idle.json("rollout", "list") == []
+
+
+def test_commands_are_carried_out_once_and_audited(cli: Cli) -> None:
+    said = cli("rollout", "pause", "digits", "--reason", "lunch", SERVING_ACTOR="ada")
+    assert said.splitlines()[0] == "digits: paused, step 1 of 3, 5 % to version 2"
+    assert said.splitlines()[1].startswith("next: Paused (lunch)")
+    refused = cli.fails("rollout", "pause", "digits")
+    assert "possible now: resume" in refused
+    cli("rollout", "resume", "digits")
+    assert cli.json("rollout", "promote", "digits")["state"] == "promoting"
+    assert "rolling back" in cli("rollback", "digits", "--reason", "no")
+    log = [e for e in cli.json("audit") if e["subject"] == "digits:2"]
+    assert [e["action"] for e in log][-4:] == ["pause", "resume", "promote", "rollback"]
+    pause = log[-4]
+    assert (pause["actor"], pause["body"]["reason"]) == ("ada", "lunch")
+    text = cli("audit", "--after", str(pause["seq"] - 1), "--limit", "1")
+    (row,) = (line for line in text.splitlines() if "digits:2" in line)
+    assert row.split()[0] == str(pause["seq"])
+    assert row.split()[3:] == ["ada", "pause", "digits:2", "5", "%:", "lunch"]
+
+
+def test_approve_and_abort(idle: Cli) -> None:
+    idle.desk.start(plan={"plan": "fast", "steps": [{"weight": 5, "hold": 1, "gate": {}}]})
+    idle.desk.until("awaiting_gate")
+    assert "awaiting gate" in idle("rollout", "approve", "digits", "--reason", "looked at it")
+    assert "was approved by" in idle.fails("rollout", "approve", "digits")
+    assert idle.json("rollout", "abort", "digits")["state"] == "rolling_back"
+
+
+def test_audit_verify(cli: Cli) -> None:
+    count = cli.json("audit")[-1]["seq"]
+    assert f"{count} entries, as written" in cli("audit", "verify")
+    assert f"{count} entries" in cli.json("audit", "verify")["sentence"]
+    said = cli.fails("audit", "--url", cli.desk.url, "verify", code=2)
+    assert "--url stands before 'verify'" in said
+    with sqlite3.connect(cli.desk.home / "store.db") as db:
+        db.execute("UPDATE audit SET actor = 'mallory' WHERE seq = 2")
+    assert "entry 2 was changed" in cli.fails("audit", "verify")
+
+
+def test_what_is_not_there(idle: Cli) -> None:
+    for command in ("explain", "watch", "pause"):
+        assert "no rollout 'nobody'" in idle.fails("rollout", command, "nobody")
+    gone = f"http://127.0.0.1:{free_port()}"
+    for call in (["rollout", "status"], ["rollback", "m"], ["audit"], ["audit", "verify"]):
+        assert f"no controller answers at {gone}" in idle.fails(*call, "--url", gone)
+    assert "Missing option '--to'" in idle.fails("rollout", "start", "digits", code=2)
+    assert "'other' is not served" in idle.fails("rollout", "start", "other", "--to", "2")
+    assert "no version 9" in idle.fails("rollout", "start", "digits", "--to", "9")
+
+
+def test_apply_says_that_it_starts_a_rollout(idle: Cli) -> None:
+    file = idle.desk.home / "serving.yaml"
+    model = "{version: 2, replicas: 2, rollout: fast}"
+    file.write_text(f"home: {idle.desk.home}\nmodels: {{digits: {model}}}\n")
+    call = ("apply", "-f", file, "--url", idle.desk.url)
+    would = idle(*call, "--dry-run")
+    assert "digits: this would start a rollout to version 2" in would
+    assert idle.json("rollout", "list") == []
+    said = idle(*call, "--no-wait", "--reason", "monday", SERVING_ACTOR="ci")
+    assert "digits: this starts a rollout to version 2" in said
+    assert "watch it: serving rollout watch digits" in said
+    (started,) = idle.json("rollout", "list")
+    assert (started["actor"], started["reason"]) == ("ci", "monday")
+
+
+def test_watch_without_a_terminal_prints_a_line_a_change(cli: Cli) -> None:
+    cli.desk.a_look = {"seconds": 5}
+    lines = cli("rollout", "watch", "digits").splitlines()
+    said = [line.split("digits: ", 1)[1] for line in lines]
+    states = [line for line in said if " to version 2" in line or line.startswith("succeeded")]
+    assert [state.split(" (")[0] for state in states] == [
+        "observing, step 2 of 3, 25 % to version 2",
+        "observing, step 3 of 3, 50 % to version 2",
+        "baking, 100 % to version 2",
+        "succeeded",
+    ]
+    assert any(line.startswith("slo_burn: ") and line.endswith(": passes") for line in said)
+    assert len(said) == len(set(said))
+
+
+def test_watch_of_a_bad_version_ends_with_1_and_says_why(cli: Cli) -> None:
+    cli.desk.a_look = {"seconds": 3, "failing": 0.2}
+    done = serving("rollout", "watch", "digits", home=cli.desk.home, env=cli.env)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "digits: errors: canary failed" in done.stdout
+    assert "rolled back (errors: " in done.stdout.splitlines()[-1]
+    assert done.stdout.splitlines()[-1].endswith(": fails)")
+
+
+def test_watch_as_json_is_a_document_a_change(cli: Cli) -> None:
+    cli.desk.a_look = {"seconds": 5}
+    documents = [
+        json.loads(line) for line in cli("rollout", "watch", "digits", "--json").splitlines()
+    ]
+    assert documents[-1]["state"] == "succeeded"
+    assert {"arms", "next", "verdicts"} <= documents[0].keys()
+
+
+def test_watch_waits_for_a_controller_that_is_away(cli: Cli) -> None:
+    watching = Terminal(cli, "rollout", "watch", "digits")
+    watching.read_until("observing, step 1 of 3")
+    cli.desk.away = 2
+    watching.read_until("the controller does not answer")
+    cli.desk.a_look = {"seconds": 5}
+    assert watching.wait() == 0
+    assert "succeeded" in watching.output
+
+
+def test_on_a_terminal_it_is_live_to_the_end(cli: Cli) -> None:
+    terminal = Terminal(cli, "rollout", "watch", "digits")
+    terminal.read_until("observing, step 1 of 3")
+    terminal.read_until("of 10^2.5")
+    terminal.read_until("unpriced")
+    cli.desk.a_look = {"seconds": 5}
+    terminal.read_until("50 % to version 2")
+    assert terminal.wait() == 0, terminal.output
+    assert "succeeded" in terminal.output
+    assert "a rollback to it is immediate" in terminal.output
+
+
+def test_ctrl_c_ends_the_view_and_not_the_rollout(cli: Cli) -> None:
+    terminal = Terminal(cli, "rollout", "watch", "digits")
+    terminal.read_until("observing, step 1 of 3")
+    terminal.press_ctrl_c()
+    assert terminal.wait() == 130
+    assert "the rollout goes on; serving rollout watch digits shows it again" in terminal.output
+    assert "error" not in terminal.output.split("the rollout goes on")[1]
+    assert cli.desk.rollout.state == "observing"

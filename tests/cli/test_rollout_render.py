@@ -1,0 +1,177 @@
+"""What people read about a rollout, in every state that the real rules lead to."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from rich.console import Console, RenderableType
+
+from serving.cli import rollout_text as words
+from serving.cli.rollout_render import explain_view, rollouts_table, status_view, watch_view
+from serving.core.rollout_spec import Webhook
+from serving.core.rollout_states import State
+from serving.core.rollout_types import ProviderState
+from tests.cli.stories import BEGIN, FAST, GATED, SAFE, Story
+
+HOOKED = replace(FAST, webhooks=(Webhook("pre-rollout", "http://hook"),))
+
+STORIES: dict[str, Callable[[], Story]] = {
+    "pending": lambda: Story(HOOKED).pass_time(5),
+    "preparing": lambda: Story().pass_time(5, canary_ready=1),
+    "shadowing": lambda: Story(SAFE).until("shadowing").pass_time(3),
+    "observing": lambda: Story().until("observing").pass_time(2),
+    "awaiting_gate": lambda: Story(GATED).until("awaiting_gate").pass_time(60),
+    "paused": lambda: Story().until("observing").say("pause", reason="lunch [break]"),
+    "promoting": lambda: Story().until("observing").say("promote"),
+    "baking": lambda: Story().until("baking").pass_time(4),
+    "succeeded": lambda: Story().until("succeeded"),
+    "rolling_back": lambda: Story().until("observing").say("abort", reason="wrong file"),
+    "rolled_back": lambda: Story().until("observing").until("rolled_back", failing=0.2),
+    "rollback_failed": lambda: (
+        Story()
+        .until("observing")
+        .say("rollback", reason="bad")
+        .until("rollback_failed", stable_ready=0)
+    ),
+}
+# What of it nobody may have to guess.
+SAID = {
+    "pending": ["▶ prepare version 2", "waiting for the pre-rollout webhook at http://hook"],
+    "preparing": ["▶ prepare version 2", "1 of 2 replicas"],
+    "shadowing": ["✓ prepare version 2", "▶ shadow: copies of 20 % of requests"],
+    "observing": ["observing, step 1 of 3, 5 % to version 2", "✓ shadow", "▶ step 1: 5 % for 5 s"],
+    "awaiting_gate": ["awaiting gate, step 1 of 3", "when a person approves"],
+    "paused": ["paused, step 1 of 3, 5 % to version 2", "by bob@desk: lunch [break]"],
+    "promoting": ["↷ step 2: 25 % for 10 s", "▶ promote, and bake for 10 s"],
+    "baking": ["✓ step 3: 50 % for 10 s", "Succeeds in"],
+    "succeeded": ["▶ keep version 1 for 10 min", "a rollback to it is immediate"],
+    "rolling_back": ["✗ step 1: 5 % for 5 s", "by bob@desk: wrong file", "0 % to version 2"],
+    "rolled_back": ["✗ step 1: 5 % for 5 s", "errors", "fail", "on fail", "20 %"],
+    "rollback_failed": ["Needs a person", "version 1 has no ready replica"],
+}
+
+
+def printed(view: RenderableType, width: int = 200) -> str:
+    text = io.StringIO()
+    Console(file=text, width=width, highlight=False).print(view)
+    return text.getvalue()
+
+
+def test_every_state_has_a_story() -> None:
+    assert STORIES.keys() == SAID.keys() == {state.value for state in State}
+
+
+@pytest.mark.parametrize("state", STORIES)
+def test_each_state_is_explained(state: str) -> None:
+    story = STORIES[state]()
+    assert story.rollout.state == state
+    entry = {
+        "seq": 7,
+        "at": BEGIN,
+        "actor": "ada@desk",
+        "action": "start",
+        "subject": "digits:1",
+        "body": {"reason": "better [on] sevens"},
+    }
+    raw = story.to_dict()
+    text = printed(explain_view(raw, [entry], story.now))
+    assert [said for said in SAID[state] if said not in text] == []
+    assert "better [on] sevens" in text
+    for verdict in story.rollout.verdicts:
+        assert verdict.sentence.removeprefix(f"{verdict.trigger}: ") in " ".join(text.split())
+    head = f"digits: version 1 → 2, {words.headline(raw)}"
+    assert head in text
+    assert head in printed(status_view(raw, story.now))
+    live = printed(watch_view(raw, [entry], story.now, "the controller does not answer"))
+    assert head in live
+    assert "start by ada@desk: better [on] sevens" in live
+    assert "the controller does not answer" in live
+    assert state.replace("_", " ") in printed(rollouts_table([raw], story.now))
+
+
+@pytest.mark.parametrize("state", STORIES)
+def test_nothing_breaks_on_a_narrow_terminal(state: str) -> None:
+    story = STORIES[state]()
+    view = watch_view(story.to_dict(), [], story.now, "")
+    assert max(map(len, printed(view, 80).splitlines())) <= 80
+
+
+def test_evidence_is_shown_against_its_threshold() -> None:
+    """A tenth of the requests fails: the bar is full, and past its threshold, in powers of ten."""
+    story = Story().until("observing").until("rolled_back", failing=0.2)
+    (errors,) = (v for v in story.rollout.verdicts if v.trigger == "errors")
+    assert errors.log_e is not None
+    assert errors.threshold is not None
+    text = printed(explain_view(story.to_dict(), [], story.now))
+    row = next(line for line in text.splitlines() if line.split()[:2] == ["errors", "fail"])
+    assert f"10/50 (20 %)  0/950 (0 %)    {words.power(errors.log_e)} of 10^2.5" in row
+    live = printed(watch_view(story.to_dict(), [], story.now, ""))
+    (bar,) = (line for line in live.splitlines() if line.split()[:2] == ["errors", "fail"])
+    assert bar.rstrip().endswith("━" * 15 + "┃")
+
+
+def test_half_the_evidence_is_half_a_bar() -> None:
+    threshold = 2.0 * 2.302585  # 100 to 1
+    assert words.bar(threshold / 2, threshold) == ("━" * 6, "─" * 6)
+    assert words.bar(-3.0, threshold) == ("", "─" * 12)
+    assert words.bar(10 * threshold, threshold) == ("━" * 12, "")
+    assert words.scale() == "1     10    100   1000"
+
+
+def test_without_traffic_nothing_is_made_up() -> None:
+    story = Story(rate=0.0).until("observing").pass_time(3)
+    text = printed(explain_view(story.to_dict(), [], story.now))
+    rows = [line.split() for line in text.splitlines()]
+    (canary,) = (row for row in rows if row[:2] == ["canary", "2"])
+    assert canary[2:] == ["5", "%", "2/2", "0", "–", "–", "–", "unpriced"]
+    (errors,) = (row for row in rows if row[:2] == ["errors", "hold"])
+    assert errors[2:4] == ["–", "–"]
+    assert "nan" not in text
+
+
+def test_a_pause_by_a_trigger_names_it_and_its_sentence() -> None:
+    bad = ProviderState("fail", fails=3, message="load is 0.97")
+    story = Story(SAFE).until("observing").answer("saturation", bad).pass_time()
+    assert story.rollout.state == "paused"
+    text = printed(explain_view(story.to_dict(), [], story.now))
+    assert "by controller: saturation" in text
+    assert "load is 0.97" in text
+    assert "▶ step 1: 5 % for 5 min, until errors pass" in text
+
+
+def test_what_ends_before_any_traffic_failed_in_preparation() -> None:
+    story = Story().pass_time(2, canary_ready=0).pass_time(canary_failed="golden outputs differ")
+    assert story.rollout.state == "rolled_back"
+    text = printed(explain_view(story.to_dict(), [], story.now))
+    assert "✗ prepare version 2" in text
+    assert "golden outputs differ" in text
+    assert "verdicts\n  none yet" in text
+
+
+def test_what_fails_in_the_shadow_failed_there() -> None:
+    story = Story(SAFE).until("shadowing").pass_time(5).say("abort").until("rolled_back")
+    assert "✗ shadow: copies" in printed(explain_view(story.to_dict(), [], story.now))
+
+
+def test_a_dry_run_says_so() -> None:
+    dry = replace(FAST, analysis=replace(FAST.analysis, dry_run=True))
+    story = Story(dry).until("observing").pass_time(3, failing=1.0)
+    assert "a dry run" in printed(explain_view(story.to_dict(), [], story.now))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.5, "0.5 s"),
+        (59.6, "1 min"),
+        (125, "2 min 5 s"),
+        (5400, "1 h 30 min"),
+        (3 * 86_400 + 4 * 3600 + 59, "3 d 4 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert words.duration(seconds) == text

@@ -1,0 +1,622 @@
+"""What a tick decides, and the sentence that says what comes next."""
+
+from __future__ import annotations
+
+import pytest
+
+from serving.core.rollout import Rollout, State, decide
+from serving.core.rollout_progress import due_hooks
+from serving.core.rollout_spec import (
+    Bake,
+    Gate,
+    InsufficientData,
+    ProviderErrors,
+    RolloutSpec,
+    Step,
+    Webhook,
+    default_plan,
+)
+from serving.core.rollout_states import PAUSABLE
+from serving.core.rollout_types import ProviderState
+from serving.errors import ConflictError
+from tests.core.rollouts import OK, PLAN, QUEUE, START, World, analysis, plan, stored, world
+
+SILENT = ProviderState("unknown", errors=5, message="connection refused")
+BAD = ProviderState("fail", fails=3, message="value 7")
+
+
+def gated(**gate: object) -> RolloutSpec:
+    return plan(steps=(Step(5, 60, gate=Gate(**gate)), Step(50, 60)))  # type: ignore[arg-type]
+
+
+def weights(rollout: Rollout) -> list[float]:
+    return [e.weight for e in rollout.epochs]
+
+
+# The way of a healthy version.
+
+
+def test_a_healthy_version_goes_all_the_way() -> None:
+    w = world()
+    states = []
+    while w.rollout.active:
+        if not states or states[-1] != (w.rollout.state, w.rollout.step):
+            states.append((w.rollout.state, w.rollout.step))
+        w.tick()
+    assert states == [
+        (State.PENDING, -1),
+        (State.PREPARING, -1),
+        (State.SHADOWING, -1),
+        (State.OBSERVING, 0),
+        (State.OBSERVING, 1),
+        (State.PROMOTING, 2),
+        (State.BAKING, 2),
+    ]
+    assert w.rollout.state is State.SUCCEEDED
+    # Latency bounds are frozen at each step's entry, from what stable did before it.
+    assert weights(w.rollout) == [0, 0.05, 0.5, 1]
+    assert [e.epoch for e in w.rollout.epochs] == [0, 1, 2, 3]
+    assert [e.latency_bounds is None for e in w.rollout.epochs] == [True, False, False, False]
+    assert w.rollout.finished_at == w.now
+    assert w.rollout.reason == "120 s of bake, no objection".replace("120 s", "2 min")
+
+
+def test_each_state_says_what_comes_next() -> None:
+    w = world(canary_ready=1)
+    assert w.next == "Preparing begins at once."
+    w.tick()
+    assert w.next == (
+        "Shadow traffic begins when version 2 is ready: 1 of 2 replicas are; given up in 100 s."
+    )
+    w.canary_ready = 2
+    w.to(State.SHADOWING)
+    w.rate = 10
+    w.tick(10)
+    assert w.next == ("Step 1 (5 %) begins after 100 pairs of answers (20 compared), or in 50 s.")
+    w.rate = 200
+    w.to(State.OBSERVING)
+    assert w.next == "Step 2 (50 %) begins in 60 s if nothing speaks against it."
+    w.to(State.OBSERVING, step=1)
+    w.tick(30)
+    assert w.next == "Version 2 is promoted in 30 s if nothing speaks against it."
+    w.to(State.PROMOTING)
+    assert w.next == "Bakes as soon as every gateway sends all requests to version 2."
+    w.to(State.BAKING).tick(20)
+    assert w.next == "Succeeds in 100 s if nothing speaks against it."
+    w.to(State.SUCCEEDED)
+    assert w.next == "Version 1 is kept for another 5 min; a rollback to it is immediate."
+    w.say("rollback")
+    assert w.next == (
+        "Is rolled back as soon as every gateway sends all requests to version 1 and it is ready."
+    )
+    w.to(State.ROLLED_BACK)
+    assert w.next == "Nothing: it was rolled back (because)."
+
+
+def test_capacity_comes_before_weight() -> None:
+    w = world(canary_ready=1).to(State.PREPARING)
+    w.tick(50)
+    assert w.rollout.state is State.PREPARING
+    w.canary_ready = 2
+    assert w.tick().state is State.SHADOWING
+    assert w.rollout.reason == "all 2 replicas of version 2 are ready"
+
+
+def test_baking_waits_for_the_last_gateway() -> None:
+    w = world().to(State.PROMOTING)
+    w.lagging = True
+    for _ in range(5):
+        assert w.tick().state is State.PROMOTING
+    w.lagging = False
+    assert w.tick().state is State.BAKING
+
+
+@pytest.mark.parametrize("name", ["canary", "blue-green", "fast"])
+def test_the_plans_that_need_nobody_end_by_themselves(name: str) -> None:
+    w = world(default_plan(name))
+    while w.rollout.active:
+        w.tick(1 if name == "fast" else 60)
+    assert w.rollout.state is State.SUCCEEDED
+    assert weights(w.rollout) == [0, *(s.weight / 100 for s in w.rollout.spec.steps), 1]
+
+
+def test_shadow_only_goes_on_copying_until_a_person_decides() -> None:
+    w = world(default_plan("shadow-only"), rate=10).to(State.AWAITING_GATE)
+    assert (w.rollout.weight, w.rollout.shadow) == (0, 1)
+    assert w.next == (
+        "Version 2 is promoted when a person approves. "
+        "Without it the rollout is rolled back in 24 h."
+    )
+    w.say("approve")
+    assert w.tick().state is State.PROMOTING
+
+
+def test_shadow_traffic_ends_without_pairs_too() -> None:
+    w = world(rate=0).to(State.SHADOWING)
+    w.tick(59)
+    assert w.tick().state is State.OBSERVING
+    assert w.rollout.reason == "60 s of shadow traffic gave 0 pairs of answers"
+
+
+# What takes a version back.
+
+
+@pytest.mark.parametrize("stage", [State.OBSERVING, State.AWAITING_GATE, State.PAUSED])
+def test_a_failing_version_has_no_weight_in_the_same_tick(stage: State) -> None:
+    w = world(gated()).to(State.OBSERVING)
+    if stage is State.AWAITING_GATE:
+        w.to(stage)
+    if stage is State.PAUSED:
+        w.say("pause")
+    w.canary_fails = 0.5
+    w.until(lambda r: r.state is not stage, within=60)
+    assert w.rollout.state is State.ROLLING_BACK
+    assert w.rollout.weight == w.rollout.current.weight == 0
+    failed = next(v for v in w.rollout.verdicts if v.trigger == "errors")
+    assert w.rollout.reason == failed.sentence
+    assert failed.verdict == "fail"
+    verdicts = w.rollout.verdicts
+    assert w.tick().state is State.ROLLED_BACK
+    # Why it was taken back stays to be explained.
+    assert w.rollout.verdicts == verdicts
+    assert w.rollout.reason == failed.sentence
+
+
+@pytest.mark.parametrize("state", [State.SHADOWING, State.PROMOTING, State.BAKING])
+def test_triggers_are_obeyed_in_every_state_with_canary_traffic(state: State) -> None:
+    w = world()
+    w.to(state)
+    w.restarts = (w.now - 2, w.now - 1)
+    assert w.tick().state is State.ROLLING_BACK
+    assert w.rollout.weight == 0
+    assert "restarted" in w.rollout.reason
+
+
+def test_a_version_that_never_becomes_ready_is_rolled_back_before_any_traffic() -> None:
+    w = world(canary_ready=1).to(State.PREPARING)
+    w.until(lambda r: not r.active, within=101)
+    assert w.rollout.state is State.ROLLED_BACK
+    assert w.rollout.reason == "1 of 2 replicas of version 2 were ready after 100 s"
+    assert weights(w.rollout) == [0]
+
+
+def test_a_version_that_cannot_start_is_not_waited_for() -> None:
+    w = world(canary_ready=0).to(State.PREPARING)
+    w.canary_failed = "the golden outputs differ"
+    assert w.tick().state is State.ROLLED_BACK
+    assert w.rollout.reason == "version 2 cannot start: the golden outputs differ"
+
+
+def test_a_canary_without_replicas_gets_nothing_and_is_taken_back_if_it_stays_away() -> None:
+    w = world().to(State.OBSERVING)
+    w.tick(30)
+    w.canary_ready = 0
+    w.tick()
+    assert (w.rollout.state, w.rollout.weight) == (State.OBSERVING, 0)
+    assert w.next == (
+        "On hold: version 2 has no ready replica. Rolled back in 100 s if version 2 is not back."
+    )
+    w.tick(50)
+    w.canary_ready = 1
+    assert w.tick().weight == 0.05
+    assert w.next == "Step 2 (50 %) begins in 29 s if nothing speaks against it."
+    w.canary_ready = 0
+    w.tick()
+    assert w.tick(100).state is State.ROLLING_BACK
+    assert w.rollout.reason == "version 2 has had no ready replica for 100 s"
+
+
+def test_a_canary_answers_for_a_lost_stable_and_nothing_is_decided_meanwhile() -> None:
+    w = world().to(State.OBSERVING)
+    w.tick(30)
+    w.stable_ready = 0
+    assert w.tick().weight == 1
+    assert w.next == "On hold: version 1 has no ready replica. Goes on when it is back."
+    w.tick(500)
+    assert (w.rollout.state, w.rollout.step) == (State.OBSERVING, 0)
+    w.stable_ready = 1
+    assert w.tick().weight == 0.05
+    assert w.next == "Step 2 (50 %) begins in 29 s if nothing speaks against it."
+    assert weights(w.rollout) == [0, 0.05, 1, 0.05]
+    assert w.to(State.SUCCEEDED)
+
+
+def test_no_client_meets_the_canary_before_its_first_step_even_if_stable_is_lost() -> None:
+    w = world(stable_ready=0).to(State.SHADOWING)
+    w.tick(500)
+    assert (w.rollout.state, w.rollout.weight) == (State.SHADOWING, 0)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [State.SHADOWING, State.OBSERVING, State.AWAITING_GATE, State.PROMOTING, State.BAKING],
+)
+def test_no_clock_runs_out_while_stable_is_away(state: State) -> None:
+    w = world(gated(timeout_s=600), rate=0 if state is State.OBSERVING else 200)
+    if state in (State.PROMOTING, State.BAKING):
+        w.to(State.AWAITING_GATE).say("approve")
+    w.to(state)
+    w.stable_ready = 0
+    w.tick()
+    for _ in range(3):
+        w.tick(10_000)
+        assert w.rollout.state is state
+
+
+def test_with_both_arms_away_the_canary_has_no_weight() -> None:
+    w = world().to(State.OBSERVING)
+    w.stable_ready = w.canary_ready = 0
+    assert w.tick().weight == 0
+
+
+def test_a_version_that_failed_answers_nothing_even_if_stable_is_lost() -> None:
+    w = world().to(State.BAKING)
+    w.stable_ready, w.restarts = 0, (w.now - 2, w.now - 1)
+    assert w.tick().state is State.ROLLING_BACK
+    assert w.rollout.weight == 0
+    for _ in range(99):
+        assert w.tick().state is State.ROLLING_BACK
+    assert w.tick().state is State.ROLLBACK_FAILED
+    assert w.rollout.reason.startswith("version 1 has no ready replica; taken back because: crash")
+    assert w.next.startswith("Needs a person: version 1 has no ready replica")
+    assert w.rollout.active
+    w.stable_ready = 1
+    assert w.tick().state is State.ROLLED_BACK
+
+
+def test_a_hanging_gateway_makes_a_rollback_fail() -> None:
+    w = world().to(State.OBSERVING)
+    w.say("abort")
+    w.lagging = True
+    w.tick(100)
+    assert w.rollout.state is State.ROLLBACK_FAILED
+    assert "a gateway still runs revision" in w.rollout.reason
+    w.say("rollback", "try again")
+    w.lagging = False
+    assert w.tick().state is State.ROLLED_BACK
+
+
+def test_an_abort_before_traffic_needs_no_replica_of_stable() -> None:
+    w = world(stable_ready=0).to(State.SHADOWING)
+    w.say("abort")
+    assert w.tick().state is State.ROLLED_BACK
+
+
+# Evidence that is missing.
+
+
+def test_no_data_is_no_success_and_pauses_in_the_end() -> None:
+    spec = plan(analysis=analysis(on_insufficient_data=InsufficientData(300, "pause")))
+    w = world(spec, rate=1).to(State.OBSERVING)
+    w.tick(60)
+    assert w.rollout.state is State.OBSERVING
+    assert w.next == (
+        "Step 2 (50 %) begins once there is evidence: version 2 has answered 3 of the 50 requests "
+        "that this step needs. Without it the rollout is paused in 5 min."
+    )
+    w.rate = 0
+    w.tick(299)
+    assert w.rollout.state is State.OBSERVING
+    assert w.tick().state is State.PAUSED
+    assert w.rollout.reason == (
+        "evidence was still missing 5 min after the hold: "
+        "version 2 has answered 3 of the 50 requests that this step needs"
+    )
+    assert w.rollout.weight == 0.05
+    w.say("resume")
+    w.tick(299)
+    assert w.rollout.state is State.OBSERVING
+    w.rate = 1000
+    assert w.tick().step == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "state", "step"),
+    [("rollback", State.ROLLING_BACK, 0), ("proceed", State.OBSERVING, 1)],
+)
+def test_a_plan_may_decide_without_data(action: str, state: State, step: int) -> None:
+    rule = InsufficientData(300, action)  # type: ignore[arg-type]
+    w = world(plan(analysis=analysis(on_insufficient_data=rule)), rate=0).to(State.OBSERVING)
+    w.tick(60)
+    w.tick(300)
+    assert (w.rollout.state, w.rollout.step) == (state, step)
+
+
+def test_a_step_may_require_that_triggers_pass() -> None:
+    steps = (Step(5, 60, require_pass=("errors",)), Step(50, 60))
+    w = world(plan(steps=steps), rate=20).to(State.OBSERVING)
+    w.tick(60)
+    assert w.rollout.step == 0
+    assert w.next.startswith(
+        "Step 2 (50 %) begins once there is evidence: the step requires a pass"
+    )
+    w.rate = 2000
+    w.until(lambda r: r.step == 1, within=60)
+
+
+def test_data_of_an_earlier_step_is_none_of_this_one() -> None:
+    w = world().to(State.OBSERVING, step=1)
+    w.rate = 0
+    w.tick(60)
+    assert w.rollout.step == 1
+    assert "version 2 has answered 0 of the 50 requests" in w.next
+
+
+# Pauses.
+
+
+def test_a_pausing_trigger_pauses_and_a_resume_goes_past_it() -> None:
+    w = world(plan(analysis=analysis(QUEUE)), providers={"queue": OK}).to(State.OBSERVING)
+    w.tick(30)
+    w.providers = {"queue": BAD}
+    assert w.tick().state is State.PAUSED
+    assert (w.rollout.weight, w.rollout.epoch) == (0.05, 1)
+    assert "queue: answered bad" in w.rollout.reason
+    assert "value 7" in w.rollout.reason
+    assert w.next.startswith("Paused (queue: answered bad")
+    assert w.next.endswith("goes on with observing when resumed.")
+    w.tick(1000)
+    w.say("resume", "known")
+    assert (w.rollout.actor, w.rollout.reason) == ("grace", "known")
+    # The pause was no part of the hold.
+    assert w.next == "Step 2 (50 %) begins in 29 s if nothing speaks against it."
+    w.tick()
+    assert w.rollout.state is State.OBSERVING
+    w.until(lambda r: r.step == 1, within=60)
+    # It got well and fails again: that is news.
+    w.providers = {"queue": OK}
+    w.tick()
+    w.providers = {"queue": BAD}
+    assert w.tick().state is State.PAUSED
+
+
+@pytest.mark.parametrize(
+    "state",
+    [State.PENDING, State.PREPARING, State.SHADOWING, State.OBSERVING, State.BAKING],
+)
+def test_a_person_pauses_in_every_state_that_can_wait(state: State) -> None:
+    w = world().to(state)
+    w.say("pause", "lunch")
+    w.tick(10_000)
+    assert (w.rollout.state, w.rollout.stage) == (State.PAUSED, state)
+    w.say("resume")
+    assert w.rollout.state is state
+
+
+def test_a_bake_does_not_go_on_while_it_is_paused() -> None:
+    w = world().to(State.BAKING)
+    w.tick(100)
+    w.say("pause")
+    w.tick(1000)
+    w.say("resume")
+    assert w.next == "Succeeds in 20 s if nothing speaks against it."
+
+
+def test_a_silent_provider_pauses_but_neither_fails_nor_passes() -> None:
+    w = world(
+        plan(analysis=analysis(QUEUE)), providers={"queue": ProviderState("unknown", errors=4)}
+    )
+    w.to(State.OBSERVING)
+    w.tick(60)
+    assert w.rollout.step == 0
+    assert w.next.startswith("Step 2 (50 %) begins once there is evidence: queue: no answer")
+    w.providers = {"queue": SILENT}
+    assert w.tick().state is State.PAUSED
+    assert w.rollout.reason == "queue did not answer 5 times in a row: connection refused"
+    w.say("resume")
+    assert w.tick().step == 1  # a person took it upon themselves
+    w.providers = {"queue": BAD}
+    assert w.tick().state is State.PAUSED  # an answer, and a bad one
+
+
+def test_a_silent_provider_may_take_a_version_back() -> None:
+    rule = ProviderErrors(5, "rollback")
+    w = world(plan(analysis=analysis(QUEUE, on_provider_error=rule)), providers={"queue": OK})
+    w.to(State.OBSERVING)
+    w.providers = {"queue": SILENT}
+    assert w.tick().state is State.ROLLING_BACK
+
+
+# Gates.
+
+
+def test_a_gate_waits_for_a_person() -> None:
+    w = world(gated(timeout_s=600)).to(State.AWAITING_GATE)
+    assert w.rollout.reason == "step 1 (5 %) held for 60 s, no objection; the gate decides"
+    assert w.next == (
+        "Step 2 (50 %) begins when a person approves. Without it the rollout is paused in 10 min."
+    )
+    w.tick(500)
+    w.say("approve", "looks good")
+    assert w.rollout.state is State.AWAITING_GATE
+    with pytest.raises(ConflictError, match="the gate of step 1 was approved by grace"):
+        w.say("approve")
+    assert w.next == "Step 2 (50 %) begins at once."
+    w.tick()
+    assert (w.rollout.state, w.rollout.step) == (State.OBSERVING, 1)
+    assert w.rollout.reason == "grace approved: looks good"
+    assert [(a.step, a.actor, a.reason) for a in w.rollout.approvals] == [
+        (0, "grace", "looks good")
+    ]
+
+
+def test_a_gate_that_nobody_passes_pauses_and_can_be_approved_then() -> None:
+    w = world(gated(timeout_s=600)).to(State.AWAITING_GATE)
+    w.tick(600)
+    assert w.rollout.state is State.PAUSED
+    assert w.rollout.reason == "nobody passed the gate of step 1 within 10 min"
+    w.say("approve")
+    assert w.rollout.state is State.AWAITING_GATE
+    assert w.tick().step == 1
+
+
+def test_a_resumed_gate_waits_its_whole_time_again() -> None:
+    w = world(gated(timeout_s=600)).to(State.AWAITING_GATE)
+    w.tick(600)
+    w.say("resume")
+    w.tick(599)
+    assert w.rollout.state is State.AWAITING_GATE
+
+
+@pytest.mark.parametrize(
+    ("action", "state"), [("rollback", State.ROLLING_BACK), ("proceed", State.OBSERVING)]
+)
+def test_what_a_gates_timeout_does(action: str, state: State) -> None:
+    w = world(gated(timeout_s=600, on_timeout=action)).to(State.AWAITING_GATE)
+    w.tick(600)
+    assert (w.rollout.state, w.rollout.step) == (state, action == "proceed")
+
+
+def test_a_webhook_gate_asks_until_it_says_yes() -> None:
+    w = world(gated(type="webhook", url="http://gate", timeout_s=600)).to(State.AWAITING_GATE)
+    (hook,) = due_hooks(w.rollout, w.snapshot())
+    assert (hook.key, hook.url) == ("gate:0", "http://gate")
+    w.providers = {hook.key: BAD}
+    assert w.tick(100).state is State.AWAITING_GATE
+    w.providers = {hook.key: OK}
+    assert w.tick().step == 1
+    assert w.rollout.reason == "the gate's webhook said yes"
+
+
+# Webhooks before the rollout and before steps.
+
+
+def hooked() -> RolloutSpec:
+    return plan(webhooks=(Webhook("pre-rollout", "http://a"), Webhook("pre-step", "http://b")))
+
+
+def test_webhooks_are_asked_when_their_time_has_come() -> None:
+    w = world(hooked())
+    asked = []
+    while w.rollout.active:
+        for hook in due_hooks(w.rollout, w.snapshot()):
+            before = w.rollout
+            assert w.tick().state is before.state
+            assert w.next.endswith(f"webhook at {hook.url}.")
+            asked.append(hook.key)
+            w.providers = {**w.providers, hook.key: OK}
+        w.tick()
+    assert w.rollout.state is State.SUCCEEDED
+    assert asked == ["pre-rollout:0:0", "pre-step:0:0", "pre-step:1:0", "pre-step:2:0"]
+
+
+def test_webhooks_that_refuse_take_the_version_back() -> None:
+    w = world(hooked(), providers={"pre-rollout:0:0": ProviderState("fail", fails=2)})
+    assert w.tick().state is State.PENDING
+    w.providers = {"pre-rollout:0:0": ProviderState("fail", fails=3)}
+    assert w.tick().state is State.ROLLED_BACK
+    assert w.rollout.reason == "the pre-rollout webhook at http://a refused 3 times in a row"
+    w = world(hooked(), providers={"pre-rollout:0:0": OK, "pre-step:0:0": BAD})
+    w.until(State.ROLLING_BACK)
+    assert set(weights(w.rollout)) == {0}
+
+
+# Commands.
+
+
+def test_promote_skips_the_steps_that_are_left() -> None:
+    w = world().to(State.OBSERVING)
+    w.say("promote")
+    assert (w.rollout.state, w.rollout.weight, w.rollout.current.weight) == (State.PROMOTING, 1, 1)
+    w.to(State.SUCCEEDED)
+
+
+def test_a_canary_without_replicas_is_not_promoted() -> None:
+    w = world().to(State.OBSERVING)
+    w.canary_ready = 0
+    w.tick()
+    with pytest.raises(ConflictError, match="version 2 has no ready replica now"):
+        w.say("promote")
+
+
+def test_another_target_supersedes() -> None:
+    w = world().to(State.OBSERVING)
+    w.say("superseded", "version 3 was applied")
+    assert (w.rollout.state, w.rollout.weight) == (State.ROLLING_BACK, 0)
+    assert w.tick().state is State.ROLLED_BACK
+    assert w.rollout.reason == "version 3 was applied"
+
+
+def test_rollback_after_success_as_long_as_the_old_version_is_kept() -> None:
+    w = world().to(State.SUCCEEDED)
+    assert w.rollout.warm_until == w.now + PLAN.keep_previous_s
+    with pytest.raises(ConflictError, match="'abort' is not possible; possible now: rollback"):
+        w.say("abort")
+    w.tick(299)
+    w.say("rollback", "complaints")
+    assert (w.rollout.state, w.rollout.weight, w.rollout.finished_at) == (
+        State.ROLLING_BACK,
+        0,
+        None,
+    )
+    assert w.tick().state is State.ROLLED_BACK
+    assert w.rollout.reason == "complaints"
+
+
+def test_rollback_after_the_old_version_is_gone_is_refused() -> None:
+    w = world().to(State.SUCCEEDED)
+    w.now += 300
+    with pytest.raises(ConflictError, match="version 1 is no longer kept; start a rollout to"):
+        w.say("rollback")
+    assert w.tick().warm_until is None
+    assert w.next == "Nothing: it has succeeded, and version 1 is no longer kept."
+
+
+# Trials.
+
+
+def test_a_dry_run_records_verdicts_and_acts_on_none() -> None:
+    spec = plan(analysis=analysis(QUEUE, dry_run=True))
+    w = world(spec, canary_fails=0.5, providers={"queue": BAD}).to(State.OBSERVING, step=1)
+    outcomes = {v.trigger: v.verdict.value for v in w.rollout.verdicts}
+    assert (outcomes["errors"], outcomes["queue"]) == ("fail", "fail")
+    w.to(State.SUCCEEDED)
+
+
+def test_a_dry_run_still_needs_replicas() -> None:
+    w = world(plan(analysis=analysis(dry_run=True))).to(State.OBSERVING)
+    w.canary_ready = 0
+    w.tick()
+    assert w.tick(100).state is State.ROLLING_BACK
+
+
+def test_latency_is_judged_as_soon_as_stable_has_answered_enough() -> None:
+    w = world(plan(shadow=None), rate=10).to(State.OBSERVING)
+    assert w.rollout.current.latency_bounds is None
+    w.until(lambda r: r.current.latency_bounds is not None, within=20)
+    assert (w.rollout.step, weights(w.rollout)) == (0, [0, 0.05, 0.05])
+
+
+def test_restarts_are_remembered_by_the_rollout() -> None:
+    w = world().to(State.OBSERVING)
+    w.restarts = (w.now - 1,)
+    w.tick()
+    w.restarts = ()  # a controller that has just started saw none
+    w.tick()
+    w.restarts = (w.now,)
+    assert w.tick().state is State.ROLLING_BACK
+
+
+def test_a_clock_that_goes_back_ends_nothing_early() -> None:
+    w = world().to(State.OBSERVING)
+    w.now = START - 10_000
+    assert w.tick().step == 0
+
+
+def test_a_plan_without_triggers_goes_by_time_alone() -> None:
+    spec = plan(analysis=analysis().__class__(triggers=()), bake=Bake(10))
+    w = World(rollout=world(spec).rollout, rate=0)
+    w.to(State.SUCCEEDED)
+    assert w.now - START < 250
+
+
+def test_a_controller_that_comes_back_at_any_tick_goes_on_the_same() -> None:
+    spec = plan(steps=(Step(5, 30, gate=Gate(on_timeout="proceed", timeout_s=10)), Step(50, 30)))
+    w, states = world(spec, canary_ready=0), set()
+    while w.rollout.active:
+        before, w.canary_ready = w.rollout, 2 * (w.rollout.state is not State.PENDING)
+        w.tick(3)
+        assert decide(stored(before), w.snapshot()) == w.rollout
+        states.add(before.state)
+    assert states == {*PAUSABLE, State.PROMOTING}
+    assert w.rollout.state is State.SUCCEEDED
