@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 import yaml
@@ -89,12 +89,12 @@ class _Steps:
     def done(self, text: str) -> None:
         """A step is over."""
         now = time.monotonic()
-        self._console.print(f"✓ {text} ({now - self._since:.0f} s)")
+        self._console.print(f"✓ {text} ({now - self._since:.0f} s)", soft_wrap=True)
         self._since = now
 
     def say(self, text: str) -> None:
         """A detail of the last step."""
-        self._console.print(text)
+        self._console.print(text, soft_wrap=True)
 
 
 def _run(directory: Path, steps: _Steps) -> tuple[Table, list[str]]:
@@ -108,8 +108,9 @@ def _run(directory: Path, steps: _Steps) -> tuple[Table, list[str]]:
         admin = Admin(url)
         with Traffic(inference, url, MODEL, digits.test_images, digits.test_labels) as traffic:
             failures = _roll_out(admin, "2", "succeeded", steps)
+            measured = _measured(admin)
             failures += _roll_out(admin, "3", "rolled_back", steps)
-        table = _table(admin, traffic)
+        table = _table({**measured, **_measured(admin)}, traffic)
         steps.now("stopping the gateway")
     steps.done("gateway stopped")
     return table, failures + traffic.failures
@@ -250,7 +251,13 @@ def _stop(process: subprocess.Popen[str]) -> None:
         raise ClusterError(f"the gateway left {len(left)} processes behind; killed")
 
 
-def _table(admin: Admin, traffic: Traffic) -> Table:
+def _measured(admin: Admin) -> dict[str, dict[str, Any]]:
+    """What the controller knows of the versions that run, by version."""
+    model = next(m for m in admin.status()["models"] if m["name"] == MODEL)
+    return {v["version"]: v for v in model["versions"]}
+
+
+def _table(known: dict[str, dict[str, Any]], traffic: Traffic) -> Table:
     """What clients saw of each version that answered them, and how the gateway measured it."""
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -262,10 +269,12 @@ def _table(admin: Admin, traffic: Traffic) -> Table:
         table.add_column(name)
     for name in ("requests", "accuracy", "p50 ms", "p99 ms", "batch"):
         table.add_column(name, justify="right")
-    model = next(m for m in admin.status()["models"] if m["name"] == MODEL)
-    known = {v["version"]: v for v in model["versions"]}
     for version, answers in sorted(traffic.answers.items()):
-        info = known[version]
+        info = known.get(version)
+        if info is None:
+            # It was taken back, and is gone.
+            table.add_row(version, *["–"] * 3, f"{answers:,}", *["–"] * 4)
+            continue
         table.add_row(
             version,
             info["digest"].removeprefix("sha256:")[:8],

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Final
 
@@ -24,13 +25,14 @@ from serving.core.inference import Limits, row_limit
 from serving.core.protocol import InferCodec
 from serving.core.routing import Arm, Endpoint
 from serving.core.types import Batch
-from serving.errors import DeadlineExceeded, ModelFailed, Overloaded, ServingError, Unavailable
+from serving.errors import DeadlineExceeded, ModelFailed, ServingError, Unavailable
 from serving.gateway.answers import BatchAnswer
 from serving.gateway.infer import TICK_S, Call, error_of, in_time, monotonic
 from serving.gateway.layouts import Buffer, OutgoingLayouts
-from serving.gateway.links import ReplicaLink
+from serving.gateway.link_set import Link, LinkSet
 from serving.gateway.recorder import ArmRecorder
-from serving.gateway.trials import Trial, together
+from serving.gateway.room import Room
+from serving.gateway.trials import Trial, blame, together
 
 log = logging.getLogger(__name__)
 
@@ -48,27 +50,23 @@ class ArmBatcher:
         # Whose a call is until an arm is chosen for it; see `Splitter`.
         self.stable = self
         self.recorder = recorder
-        self.links: dict[Endpoint, ReplicaLink[list[Call]]] = {}
         self._loop = loop
         self._limits = limits
         self._queue: RequestQueue[Call] = RequestQueue()
         self._service = ServiceModel()
+        self._links = LinkSet()
+        self._room = Room(self._queue, self._service, self._links)
         self._scheduled = False
         self._delay: asyncio.TimerHandle | None = None
         self._hold: asyncio.TimerHandle | None = None
         self._retired = False
         # Whether this version has left for good.
         self.closed = False
-        self._turn = 0
         # The replica that takes no other batch until it has taken the next suspects.
-        self._reserved: ReplicaLink[list[Call]] | None = None
+        self._reserved: Link | None = None
         self._others_turn = False
         self._batched = arm.signature.batch is not Batch.NONE
         self._layouts = OutgoingLayouts(arm.signature)
-        # So many rows may wait without a second thought; see `_set_room`.
-        self._room = 0
-        self._connected = 0
-        self._listed: tuple[Endpoint, ...] = ()
         self.configure(arm)
         # Until its first replica is connected a new version is like one that lost its last.
         self._down_since: float | None = None
@@ -95,6 +93,11 @@ class ArmBatcher:
         self._max_items = self._max_rows if self._batched else 1
 
     @property
+    def links(self) -> Mapping[Endpoint, Link]:
+        """The links that there are, some of which drain perhaps."""
+        return self._links.by_endpoint
+
+    @property
     def ready(self) -> bool:
         """Whether a replica can take batches."""
         return self._down_since is None and not self.closed
@@ -102,7 +105,7 @@ class ArmBatcher:
     @property
     def replicas_connected(self) -> int:
         """Replicas that can take batches."""
-        return self._connected
+        return self._links.connected
 
     @property
     def queue_depth(self) -> int:
@@ -112,11 +115,11 @@ class ArmBatcher:
     @property
     def in_flight(self) -> int:
         """Requests at replicas, answered to their callers or not."""
-        return sum(len(b) for link in self.links.values() for b in link.batches())
+        return sum(map(len, self._links.batches()))
 
     def outstanding(self) -> Iterator[Call]:
         """Every call that waits or runs and is not answered yet, as a snapshot."""
-        running = chain.from_iterable(b for link in self.links.values() for b in link.batches())
+        running = chain.from_iterable(self._links.batches())
         return iter([c for c in chain(self._queue, running) if not c.done])
 
     # Admission.
@@ -127,7 +130,7 @@ class ArmBatcher:
         if self._down_since is not None or (
             rows
             and (
-                rows + call.rows > self._room
+                rows + call.rows > self._room.rows
                 or call.deadline - call.arrival < self.arm.queue_max_wait_s
             )
         ):
@@ -150,45 +153,9 @@ class ArmBatcher:
         return True
 
     def _check_room(self, call: Call) -> None:
-        arm = self.arm
         if self._down_since is not None and self._hold is None:
             raise self._unavailable()
-        if self._queue.rows + call.rows > arm.queue_max_rows:
-            raise Overloaded(
-                f"model {arm.model!r} version {arm.version}: {self._queue.rows} rows are waiting, "
-                f"at most {arm.queue_max_rows} may",
-                retry_after_s=1.0,
-            )
-        wait = self._drain_s() / max(1, self._connected)
-        allowed = min(arm.queue_max_wait_s, call.deadline - monotonic())
-        if wait > allowed:
-            raise Overloaded(
-                f"model {arm.model!r} version {arm.version}: the estimated wait is "
-                f"{wait * 1e3:.0f} ms, at most {max(0.0, allowed) * 1e3:.0f} ms is allowed",
-                retry_after_s=wait,
-            )
-
-    def _drain_s(self) -> float:
-        """Expected time to run all that waits, one run after another, in seconds."""
-        queue = self._queue
-        apart = queue.rerun_rows + queue.suspect_rows
-        return self._service.drain(queue.rows - apart, self._max_rows) + self._service.predict(
-            apart, queue.singular_runs
-        )
-
-    def _set_room(self) -> None:
-        """Work out how many rows may wait before a newcomer's wait has to be estimated."""
-        if self._queue.singular_runs:
-            # Each is a run of its own, however few rows it has.
-            self._room = 0
-            return
-        arm = self.arm
-        run = self._service.predict(self._max_rows)
-        room = arm.queue_max_rows
-        if run > 0.0:
-            batches = int(arm.queue_max_wait_s * self._connected / run)
-            room = min(room, batches * self._max_rows)
-        self._room = room
+        self._room.check(call, self.arm, self._max_rows)
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(
@@ -222,7 +189,7 @@ class ArmBatcher:
     def _send_batches(self) -> None:
         queue = self._queue
         while queue.rows != queue.suspect_rows:
-            link = self._free_link()
+            link = self._links.free(self._reserved)
             if link is None or (self.arm.max_delay_s and not self._due()):
                 break
             self._send(link, queue.take(self._max_rows, self._max_items))
@@ -235,7 +202,7 @@ class ArmBatcher:
         """
         queue = self._queue
         reserved, self._reserved = self._reserved, None
-        links = [link for link in self.links.values() if link.up]
+        links = self._links.up()
         if not queue.suspect_rows or not links or any(link.exclusive for link in links):
             return
         if len(links) == 1 and self._others_turn:
@@ -265,20 +232,7 @@ class ArmBatcher:
         self._delay = None
         self._pump()
 
-    def _free_link(self) -> ReplicaLink[list[Call]] | None:
-        """The connected replica with the fewest batches in flight, in turn among equals."""
-        best = None
-        least = oldest = 0
-        self._turn += 1
-        for link in self.links.values():
-            if link is self._reserved or not link.can_take():
-                continue
-            load = link.in_flight
-            if best is None or load < least or (load == least and link.turn < oldest):
-                best, least, oldest = link, load, link.turn
-        return best
-
-    def _send(self, link: ReplicaLink[list[Call]], batch: list[Call]) -> None:
+    def _send(self, link: Link, batch: list[Call]) -> None:
         now = monotonic()
         rows = 0
         deadline = 0.0
@@ -299,7 +253,7 @@ class ArmBatcher:
             pieces += [request.inputs[i] for request in requests]
             if pad:
                 pieces.append(pad)
-        link.turn = self._turn
+        self._links.used(link)
         budget_us = max(1, int((deadline - now) * 1e6))
         link.send(batch, rows, budget_us, layout, pieces, alone=batch[0].suspect)
 
@@ -308,7 +262,7 @@ class ArmBatcher:
     def connect(
         self,
         endpoints: Sequence[Endpoint],
-        make_link: Callable[[ArmBatcher, Endpoint], ReplicaLink[list[Call]]],
+        make_link: Callable[[ArmBatcher, Endpoint], Link],
     ) -> None:
         """Make the links match the route table: new ones connect, missing ones drain.
 
@@ -316,29 +270,14 @@ class ArmBatcher:
         the controller keeps them until the gateways have applied the table, and replicas drain
         before they go.
         """
-        self._listed = tuple(endpoints)
-        for endpoint in endpoints:
-            if link := self.links.get(endpoint):
-                link.undrain()
-            else:
-                link = self.links[endpoint] = make_link(self, endpoint)
-                link.start()
-            link.max_size = self.arm.max_size
+        self._links.follow(endpoints, partial(make_link, self), self.arm.max_size)
         self._let_go()
         self._check_ready()
         self._schedule()
 
     def _let_go(self) -> None:
-        """Drain the links that the table does not list, but not the last that can take batches."""
-        links = dict(self.links)
-        listed = [links.pop(endpoint) for endpoint in self._listed if endpoint in links]
-        replaced = not listed or any(link.up for link in listed)
-        for link in links.values():
-            if replaced or not link.up:
-                link.drain()
-        # The leaving ones run batches under the settings that they began with.
-        kept = [link.max_size for link in links.values() if link.up]
-        max_size = min([self.arm.max_size, *kept])
+        """Let links go that are needed no more, and bound batches by what those that stay take."""
+        max_size = min([self.arm.max_size, *self._links.let_go()])
         if max_size != self._max_size:
             self._bound_rows(max_size)
 
@@ -353,25 +292,23 @@ class ArmBatcher:
         for timer in (self._delay, self._hold):
             if timer is not None:
                 timer.cancel()
-        links, self.links = self.links, {}
-        self._connected = 0
-        return [task for link in links.values() if (task := link.close()) is not None]
+        return self._links.close()
 
     def _close_if_settled(self) -> None:
         if self._retired and not self.closed and not self._queue and not self.in_flight:
             self.close()
 
-    def link_closed(self, link: ReplicaLink[list[Call]]) -> None:
+    def link_closed(self, link: Link) -> None:
         """A drained link is gone for good."""
-        self.links.pop(link.endpoint, None)
+        self._links.by_endpoint.pop(link.endpoint, None)
 
-    def link_up(self, link: ReplicaLink[list[Call]]) -> None:
+    def link_up(self, link: Link) -> None:
         """A replica can take batches."""
         self._let_go()
         self._check_ready()
         self._pump()
 
-    def link_down(self, link: ReplicaLink[list[Call]], lost: list[list[Call]]) -> None:
+    def link_down(self, link: Link, lost: list[list[Call]]) -> None:
         """A replica is gone: send its requests elsewhere, as suspects."""
         count = sum(map(len, lost))
         for batch in lost:
@@ -417,9 +354,9 @@ class ArmBatcher:
         """Note since when there is no replica, or that there is one."""
         if self.closed:
             return
-        self._connected = sum(link.up for link in self.links.values())
-        self._set_room()
-        if self._connected:
+        self._links.count()
+        self._room.measure(self.arm, self._max_rows)
+        if self._links.connected:
             self._down_since = None
             return
         if self._down_since is None:
@@ -444,29 +381,15 @@ class ArmBatcher:
         self._close_if_settled()
 
     def blame(self, late: list[Call]) -> None:
-        """Note what requests of this version that are late share, and the replica they had.
-
-        Those that wait, wait for what runs: they are late with the batch that runs longest.
-        """
-        running = {call for call in late if call.sent}
-        waiting = [call for call in late if not call.sent]
-        batches = [batch for link in self.links.values() for batch in link.batches()]
-        for batch in batches:
-            if not running.isdisjoint(batch):
-                together(batch)
-        if not waiting:
-            return
-        longest = min(batches, key=lambda batch: batch[0].sent, default=list(self._queue))
-        together([*longest, *waiting])
-        replica = longest[0].replica or next((e.replica for e in self.links), "none")
-        for call in waiting:
-            call.replica = call.replica or replica
+        """Note what requests of this version that are late share, and the replica they had."""
+        some = next((e.replica for e in self.links), "none")
+        blame(late, list(self._links.batches()), list(self._queue), some)
 
     # Answers.
 
     def batch_done(
         self,
-        link: ReplicaLink[list[Call]],
+        link: Link,
         batch: list[Call],
         head: tuple[int, int, int, int, int],
         entries: Sequence[TensorEntry],
@@ -476,7 +399,7 @@ class ArmBatcher:
         requests = [call.request for call in batch]
         _, rows, run_rows, _, compute_us = head
         self._service.observe(run_rows, compute_us * 1e-6)
-        self._set_room()
+        self._room.measure(self.arm, self._max_rows)
         if batch[0].level != SHADOW_LEVEL:
             self.recorder.batch_size.add(rows)
         if self._queue:
@@ -522,9 +445,7 @@ class ArmBatcher:
         call.done = False
         call.fail(error)
 
-    def batch_failed(
-        self, link: ReplicaLink[list[Call]], batch: list[Call], slug: str, message: str
-    ) -> None:
+    def batch_failed(self, link: Link, batch: list[Call], slug: str, message: str) -> None:
         """Tell the caller; of several, run each again alone, so that only the guilty one fails."""
         error = error_of(slug, f"model {self.arm.model!r} version {self.arm.version}: {message}")
         # Whatever the model said of the batch, it may hold for one of its requests only. Copies

@@ -65,7 +65,6 @@ class Exchange:
         "_held",
         "_json_length",
         "_reply_id",
-        "_request_id",
         "_routing_headers",
         "_timeout",
         "body",
@@ -74,6 +73,7 @@ class Exchange:
         "content_length",
         "disconnected",
         "expect_continue",
+        "given_id",
         "keep_alive",
         "path",
         "received",
@@ -94,7 +94,7 @@ class Exchange:
         self._content_encoding = b""
         self._accept_encoding = b""
         self._json_length: bytes | None = None
-        self._request_id: bytes | None = None
+        self.given_id: bytes | None = None
         self._reply_id = b""
         self._timeout: bytes | None = None
         self._error: Exception | None = None
@@ -119,7 +119,7 @@ class Exchange:
             elif name == b"inference-header-content-length":
                 self._json_length = value
             elif name == b"x-request-id":
-                self._request_id = value
+                self.given_id = value
             elif name == b"accept-encoding":
                 self._accept_encoding = value
             elif name == b"content-encoding":
@@ -135,7 +135,7 @@ class Exchange:
         return (
             self.keep_alive
             and self._error is None
-            and self._request_id is None
+            and self.given_id is None
             and not self.expect_continue
         )
 
@@ -240,7 +240,7 @@ class Exchange:
                 arm = front.routes.target(*model_and_version(self.path))
             json_length = parse_json_length(self._json_length)
             timeout = None if self._timeout is None else _parse_timeout(self._timeout)
-            if self._request_id is not None and not _is_request_id(self._request_id):
+            if self.given_id is not None and not _is_request_id(self.given_id):
                 raise InvalidRequest(
                     f"header x-request-id must be 1 to {_MAX_ID} printable ASCII characters"
                 )
@@ -313,13 +313,13 @@ class Exchange:
     def header(self, name: bytes) -> bytes | None:
         """A header that the route table asks for."""
         if name == b"x-request-id":
-            return self._request_id
+            return self.given_id
         return self._routing_headers.get(name)
 
     def reply_id(self) -> bytes:
         """The client's request id, or one of our own."""
         if not self._reply_id:
-            given = self._request_id
+            given = self.given_id
             if given is None or not _is_request_id(given):
                 given = self.connection.front.next_request_id()
             self._reply_id = given

@@ -52,6 +52,10 @@ class Sink(Protocol):
     def moved(self, call: Call) -> None:
         """Note that `call` takes over: it is the one to cancel, and the one that will answer."""
 
+    @property
+    def given_id(self) -> bytes | None:
+        """The request id that the client gave."""
+
     def header(self, name: bytes) -> bytes | None:
         """A header of the request that the route table asks for; `name` is lower-case."""
 

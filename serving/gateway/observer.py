@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from zlib import crc32
@@ -57,26 +57,28 @@ class Observer:
             trial.tally(replica).predictions.extend(answered)
         if self._memory is not None:
             kept = codes.tolist()
-            for position, (start, end) in zip(positions, spans, strict=True):
-                call = batch[position]
-                if not call.unseen:
-                    self._memory.keep(call.sink.reply_id(), trial, replica, kept[start:end])
+            known = [
+                (batch[position].sink.reply_id(), kept[start:end])
+                for position, (start, end) in zip(positions, spans, strict=True)
+                if not batch[position].unseen
+            ]
+            self._memory.keep(_Origin(monotonic(), trial, replica), known)
 
 
-class _Entry(NamedTuple):
-    """An answer that may get a label: when it was, where it counts, what was predicted."""
+class _Origin(NamedTuple):
+    """Where answers came from, and when."""
 
     at: float
     trial: Trial
     replica: str
-    codes: list[int]
 
 
 class Memory:
     """The answers of the last while by request id. An id that comes again replaces its first."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        # With what was predicted, a code a row; the oldest first.
+        self._entries: OrderedDict[bytes, tuple[_Origin, list[int]]] = OrderedDict()
         self._joined: set[bytes] = set()
         self.configure({})
 
@@ -85,25 +87,26 @@ class Memory:
         self._window = float(feedback.get("window_s", 0.0))
         self._most = int(feedback.get("max_entries", _MAX_ENTRIES))
 
-    def keep(self, request_id: bytes, trial: Trial, replica: str, codes: list[int]) -> None:
-        """Remember what a request was answered."""
-        now = monotonic()
-        self.drop(request_id)
-        self._entries[request_id] = _Entry(now, trial, replica, codes)
-        self._forget(now)
+    def keep(self, origin: _Origin, answered: Iterable[tuple[bytes, list[int]]]) -> None:
+        """Remember what requests were answered."""
+        entries = self._entries
+        for request_id, codes in answered:
+            if request_id in entries:
+                self._drop(request_id)
+            entries[request_id] = (origin, codes)
+        self._forget(origin.at)
 
-    def drop(self, request_id: bytes) -> None:
-        """Forget a request."""
-        if self._entries.pop(request_id, None) is not None:
-            self._joined.discard(request_id)
+    def _drop(self, request_id: bytes) -> None:
+        del self._entries[request_id]
+        self._joined.discard(request_id)
 
     def _forget(self, now: float) -> None:
         entries = self._entries
         while entries:
             oldest = next(iter(entries))
-            if len(entries) <= self._most and entries[oldest].at + self._window >= now:
+            if len(entries) <= self._most and entries[oldest][0].at + self._window >= now:
                 return
-            self.drop(oldest)
+            self._drop(oldest)
 
     def join(self, request_id: bytes, label: object) -> bool:
         """Count a label in the trial that served its request; whether the request is known.
@@ -117,19 +120,20 @@ class Memory:
             return False
         if request_id in self._joined:
             return True
+        origin, codes = entry
         labels = label if isinstance(label, list) else [label]
-        row = crc32(request_id) % max(1, len(entry.codes))
-        fits = len(labels) == len(entry.codes) and is_class(entry.codes[row])
+        row = crc32(request_id) % max(1, len(codes))
+        fits = 0 < len(labels) == len(codes) and is_class(codes[row])
         wanted = _class(labels[row]) if fits else None
         if wanted is None:
             log.warning(
                 "the label of request %s is left out: expected %d classes, as integers",
                 request_id.decode("latin-1"),
-                len(entry.codes),
+                len(codes),
             )
             return True
         self._joined.add(request_id)
-        entry.trial.label(entry.replica, wrong=wanted != entry.codes[row])
+        origin.trial.label(origin.replica, wrong=wanted != codes[row])
         return True
 
 

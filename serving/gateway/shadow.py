@@ -186,13 +186,14 @@ class Shadow:
 class _Sampled:
     """The sink of a request that is to be copied: the client's, and then the copy."""
 
-    __slots__ = ("_shadow", "_sink", "failed", "header", "moved", "reply_id")
+    __slots__ = ("_shadow", "_sink", "failed", "given_id", "header", "moved", "reply_id")
 
     def __init__(self, sink: Sink, shadow: Shadow) -> None:
         self._sink = sink
         self._shadow = shadow
         self.failed, self.moved = sink.failed, sink.moved
         self.header, self.reply_id = sink.header, sink.reply_id
+        self.given_id = sink.given_id
 
     def answered(self, call: Call, answer: BatchAnswer, position: int) -> float:
         finished = self._sink.answered(call, answer, position)
@@ -204,6 +205,7 @@ class _Copy:
     """The sink of a copy: it holds what stable answered. Counts once what came of it."""
 
     __slots__ = ("_pairs", "_shadow", "held", "outputs")
+    given_id: Final[bytes | None] = None
 
     def __init__(self, shadow: Shadow, pairs: _Pairs, outputs: _Outputs, held: int) -> None:
         self._shadow = shadow

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from serving.core.assignment import unit_hash, unit_point
-from serving.core.routing import Arm, Split
+from serving.core.routing import Split
 from serving.errors import ServingError
 from serving.gateway.breaker import Breaker
 from serving.gateway.infer import TICK_S, Call, Sink, monotonic
@@ -27,13 +27,11 @@ if TYPE_CHECKING:
     from serving.core.protocol import InferCodec
     from serving.gateway.answers import BatchAnswer
     from serving.gateway.batcher import ArmBatcher
-    from serving.gateway.recorder import ArmRecorder
 
 log = logging.getLogger(__name__)
 
 # Of its time a shielded request spends at most so much at the canary: the rest is stable's.
 _CANARY_SHARE: Final = 0.5
-_REQUEST_ID: Final = b"x-request-id"
 _COOKIE: Final = b"cookie"
 # So many failed units are remembered an arm, the latest.
 _MAX_UNITS: Final = 1 << 16
@@ -72,12 +70,15 @@ class Splitter:
     def configure(self, split: Split, stable: ArmBatcher, canary: ArmBatcher) -> None:
         """Go by a new route table."""
         self.stable, self.canary = stable, canary
+        # Of a request that is not in either arm yet: the settings, and what counts its refusal.
+        self.arm, self.recorder = stable.arm, stable.recorder
         self._weight = split.weight
         self._salt = split.salt.encode()
         self._shield = split.shield
         self._overrides = [(n.encode(), v.encode(), arm) for n, v, arm in split.overrides]
         # What sticks to an arm; it gives None where a request is drawn by itself.
         self._unit = _unit_finder(split.unit)
+        self._by_id = split.unit == "request"
         self.headers = frozenset({*(n for n, _, _ in self._overrides), *_unit_headers(split.unit)})
         self._stable_trial = self._trial(split.epoch, STABLE)
         self._canary_trial = self._trial(split.epoch, CANARY)
@@ -106,16 +107,6 @@ class Splitter:
         """Both arms have one signature: stable's codec reads for either."""
         return self.stable.codec
 
-    @property
-    def arm(self) -> Arm:
-        """Stable's settings: those of a request that is not in either arm yet."""
-        return self.stable.arm
-
-    @property
-    def recorder(self) -> ArmRecorder:
-        """Counts what is refused before it is in either arm."""
-        return self.stable.recorder
-
     def admit(self, call: Call) -> None:
         """Choose the arm of a request and queue it there. Raises `Overloaded` or `Unavailable`.
 
@@ -130,7 +121,7 @@ class Splitter:
                 self.canary.admit(call)
                 return
         else:
-            unit = self._unit(call)
+            unit = call.sink.given_id if self._by_id else self._unit(call)
             point = self._draw() if unit is None else unit_point(self._salt, unit)
             if point >= self._weight:
                 call.trial = self._stable_trial
@@ -228,7 +219,7 @@ class _Nobody:
     """The sink of a request that its client waits for no more."""
 
     def __init__(self, was: Sink) -> None:
-        self.header = was.header
+        self.header, self.given_id = was.header, was.given_id
 
     def answered(self, call: Call, answer: BatchAnswer, position: int) -> float:
         return monotonic()
@@ -249,6 +240,7 @@ class _Judged:
     def __init__(self, call: Call, judge: Trial) -> None:
         self._call = call
         self._judge = judge
+        self.given_id = call.sink.given_id
 
     def answered(self, call: Call, answer: BatchAnswer, position: int) -> float:
         finished = self._call.sink.answered(call, answer, position)
@@ -281,8 +273,9 @@ def _unit_finder(unit: str) -> Callable[[Call], bytes | None]:
         return lambda call: _text(call.request.parameters.get(name))
     if kind == "cookie":
         return lambda call: _cookie(call.sink.header(_COOKIE), name.encode())
-    header = name.lower().encode() if kind == "header" else _REQUEST_ID
-    return lambda call: call.sink.header(header)
+    if kind == "header":
+        return lambda call: call.sink.header(name.lower().encode())
+    return lambda call: call.sink.given_id
 
 
 def _text(value: object) -> bytes | None:

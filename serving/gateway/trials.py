@@ -170,6 +170,28 @@ def together(calls: Sequence[Call]) -> None:
             call.cluster = cluster
 
 
+def blame(
+    late: Sequence[Call], running: Sequence[list[Call]], waiting: Sequence[Call], replica: str
+) -> None:
+    """Note what requests that are late share, and the replica that they had.
+
+    `running` are their version's batches at replicas, `waiting` its requests that wait. Those of
+    the late that wait, wait for what runs: they are late with the batch that runs longest. Where
+    nothing runs they share the lack of a replica, which counts for `replica`.
+    """
+    in_batches = {call for call in late if call.sent}
+    for batch in running:
+        if not in_batches.isdisjoint(batch):
+            together(batch)
+    waited = [call for call in late if not call.sent]
+    if not waited:
+        return
+    longest = min(running, key=lambda batch: batch[0].sent, default=[])
+    together([*(longest or waiting), *waited])
+    for call in waited:
+        call.replica = call.replica or (longest[0].replica if longest else replica)
+
+
 class Trial:
     """One arm in one epoch.
 

@@ -41,8 +41,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {},
         {"fails_below": 0.05},
         {"fails_below": 1.0},
-        {"spins": 3000},
-        {"spins": 2000},
+        {"spins": 60},
+        {"spins": 40},
         {"factor": 3.0},
     ]
     for number, settings in enumerate(versions, start=1):

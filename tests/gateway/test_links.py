@@ -182,7 +182,7 @@ def test_an_unreachable_replica_is_told_of_once(
     with caplog.at_level(logging.WARNING, links.__name__):
         gateway.publish(arm("m", [bad]), ready=False)
         eventually(lambda: bad.connections >= 8)
-    (record,) = (r for r in caplog.records if "not reachable" in r.getMessage())
+    (record,) = (r for r in caplog.records if "rogue is not reachable" in r.getMessage())
     assert DIGEST in record.getMessage()
     assert "sha256:1" in record.getMessage()
 

@@ -49,25 +49,27 @@ def marked(directory: Path) -> list[psutil.Process]:
     return found
 
 
-def test_both_versions_answer_and_nothing_is_left(demo, directory):
+def test_a_better_version_is_promoted_a_bad_one_taken_back_and_nothing_is_left(demo, directory):
     output, _ = demo.communicate(timeout=280)
     assert demo.returncode == 0, output
     rows = {
         version: (digest, runtime, accuracy)
         for version, digest, runtime, accuracy in re.findall(
-            r"^ *([12]) +([0-9a-f]{8}) +(\w+) +cpu +1,796 +([\d.]+)%", output, re.MULTILINE
+            r"^ *([12]) +([0-9a-f]{8}) +(\w+) +cpu +[\d,]+ +([\d.]+)%", output, re.MULTILINE
         )
     }
     assert set(rows) == {"1", "2"}, output
     assert (rows["1"][1], rows["2"][1]) == ("onnx", "torch")
     assert 90 < float(rows["1"][2]) < float(rows["2"][2]) <= 100
+    assert re.search(r"^✓ version 2: succeeded: ", output, re.MULTILINE), output
+    assert re.search(r"^✓ version 3: rolled back: disagreement: ", output, re.MULTILINE), output
     assert marked(directory) == []
     assert list(directory.glob("serving-demo-*")) == []
 
 
 def test_interrupted_at_the_start_of_the_gateway_it_leaves_nothing(demo, directory):
     for line in demo.stdout:
-        if "version 2 registered" in line:
+        if "version 3 trained and registered" in line:
             break
     os.killpg(demo.pid, signal.SIGINT)
     output, _ = demo.communicate(timeout=120)
