@@ -97,7 +97,7 @@ class Controller:
     async def apply(self, config: dict[str, Any], dry_run: bool) -> dict[str, Any]:
         """The plan, as POST /v1/apply; or {"error", "slug"}: an exception would lose its type."""
         try:
-            return await self._core.apply(config, dry_run=dry_run)
+            return await self._core.apply(config, dry_run=dry_run, actor="serving up")
         except ServingError as error:
             return {"error": str(error), "slug": error.slug}
 

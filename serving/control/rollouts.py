@@ -31,7 +31,7 @@ from serving.core.rollout_states import Event
 from serving.core.rollout_states import State as RolloutState
 from serving.errors import ConflictError, NotFound
 from serving.store.audit import AuditEntry
-from serving.store.sql import PinRow, Store
+from serving.store.sql import PinRow, RolloutRow, Store
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,9 @@ class Rollouts:
         """
         rows = await self._in_store(partial(self._store.rollouts, active=True, limit=10_000))
         past = await self._in_store(partial(self._store.rollouts, active=False, limit=1000))
-        records = [Record.from_row(row) for row in reversed((*rows, *past))]
+        lately = self._clock.unix() - _RETOLD_S
+        rows += [row for row in past if _warm(row) or (row.finished_at or 0.0) > lately]
+        records = [Record.from_row(row) for row in rows]
         records.sort(key=lambda r: r.rollout.created_at)
         self._adopt(records)
         if blank is not None:
@@ -318,6 +320,10 @@ class Rollouts:
                 for notice in notices(None, record.rollout, revision=revision, now=now):
                     if notice.subject == "transition":
                         self._providers.emit(notice)
+
+
+def _warm(row: RolloutRow) -> bool:
+    return row.body["rollout"]["warm_until"] is not None
 
 
 def _differs(before: Record | None, after: Record) -> bool:

@@ -1,4 +1,4 @@
-"""Versions of one model, y = 2x, that differ in how well they serve it."""
+"""Versions of one model, y = 2x, some of which fail."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 
 
-def write(path: Path, *, fails_below: float = 0.0, spins: int = 0, factor: float = 2.0) -> Path:
+def write(path: Path, *, fails_below: float = 0.0) -> Path:
     """TorchScript: x FP32 [-1, 4] to y. A row whose first value is under `fails_below` raises.
 
     First values are drawn from [0, 1) by the clients, so that is the share of requests that fail.
-    Each run multiplies a 128×128 matrix `spins` times first.
     """
     import torch
 
@@ -20,17 +19,11 @@ def write(path: Path, *, fails_below: float = 0.0, spins: int = 0, factor: float
         def __init__(self) -> None:
             super().__init__()
             self.fails_below = fails_below
-            self.spins = spins
-            self.factor = factor
-            self.register_buffer("weights", torch.eye(128) * 0.5)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if bool((x[:, 0] < self.fails_below).any()):
                 raise RuntimeError("this version cannot")
-            waste = self.weights
-            for _ in range(self.spins):
-                waste = waste @ self.weights
-            return x * self.factor + waste.sum() * 0.0
+            return x * 2.0
 
     with warnings.catch_warnings():
         # TorchScript is deprecated, and served all the same.
