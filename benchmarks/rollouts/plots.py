@@ -40,7 +40,9 @@ def false_rollbacks(rows: Sequence[Row], directory: Path) -> None:
     if image is not None:
         figure.colorbar(image, ax=axes[0].tolist(), label="upper bound, %")
     count = max((row["rollouts"] for row in rows), default=0)
-    figure.suptitle(f"False rollbacks of {count:,} healthy rollouts (allowed: 1 %)", fontsize=10)
+    figure.suptitle(
+        f"False rollbacks of {count:,} healthy rollouts (allowed: 1 %)", y=1.08, fontsize=10
+    )
     _save(figure, directory / "false-rollbacks.png", tight=False)
 
 
@@ -86,12 +88,15 @@ def peers(rows: Sequence[Row], directory: Path) -> None:
             points = [(r["factor"], r["delay_s"]["median"]) for r in mine if r["caught"] > 0.5]
             style = "--" if "tuned" in rule else "-"
             axis.plot(*(zip(*points, strict=True) if points else ([], [])), f"o{style}", label=rule)
+        factors = sorted({row["factor"] for row in rows if row["kind"] == kind})
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.set_xticks(factors, [f"{x:g}" for x in factors])
+        axis.minorticks_off()
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("median seconds to the verdict")
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(
         "200 requests/s, 0.1 % errors, 5 % to the canary for an hour (missing: under half caught)",
         fontsize=10,

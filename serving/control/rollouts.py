@@ -93,7 +93,7 @@ class Rollouts:
         past = await self._in_store(partial(self._store.rollouts, active=False, limit=1000))
         lately = self._clock.unix() - _RETOLD_S
         rows += [row for row in past if _warm(row) or (row.finished_at or 0.0) > lately]
-        records = [Record.from_row(row) for row in rows]
+        records = [Record.from_row(row) for row in reversed(rows)]
         records.sort(key=lambda r: r.rollout.created_at)
         self._adopt(records)
         if blank is not None:

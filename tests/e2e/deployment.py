@@ -104,8 +104,8 @@ class Deployment:
             raise
 
     def write(self, models: dict[str, Any]) -> None:
-        """Change the models in the configuration file."""
-        self.config["models"] = models
+        """Change the models in the configuration file: at once, unless they name a rollout."""
+        self.config["models"] = {n: {"rollout": "immediate", **m} for n, m in models.items()}
         self.file.write_text(yaml.safe_dump(self.config))
 
     def apply(self, models: dict[str, Any]) -> subprocess.CompletedProcess[str]:
