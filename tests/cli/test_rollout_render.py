@@ -156,6 +156,15 @@ def test_what_fails_in_the_shadow_failed_there() -> None:
     assert "✗ shadow: copies" in printed(explain_view(story.to_dict(), [], story.now))
 
 
+@pytest.mark.parametrize("state", ["baking", "succeeded"])
+def test_what_is_taken_back_after_its_promotion_failed_there(state: str) -> None:
+    story = Story().until(state).say("rollback", reason="odd").until("rolled_back")
+    text = printed(explain_view(story.to_dict(), [], story.now))
+    assert "✓ step 3: 50 % for 10 s" in text
+    assert "✗ promote, and bake for 10 s" in text
+    assert "by controller: odd" in text
+
+
 def test_a_dry_run_says_so() -> None:
     dry = replace(FAST, analysis=replace(FAST.analysis, dry_run=True))
     story = Story(dry).until("observing").pass_time(3, failing=1.0)
