@@ -4,10 +4,10 @@ STAMP := $(VENV)/.setup-stamp
 SCHEMA := configs/serving.schema.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check schema bench
+.PHONY: help setup demo test test-gpu check schema bench
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv at the versions of constraints.txt
 
@@ -20,6 +20,9 @@ demo: $(STAMP) ## Train, register and serve two digit classifiers, post real sca
 
 test: $(STAMP) ## Run the tests
 	@$(BIN)/pytest
+
+test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU; fails without one
+	@SERVING_TEST_GPU_REQUIRED=1 $(BIN)/pytest tests/gpu
 
 check: $(STAMP) ## Format, lint, types, import rules, generated files, Dockerfile, scripts
 	@$(BIN)/ruff format --check

@@ -23,7 +23,7 @@ from benchmarks.machine import ROOT
 from models.processes import session
 from serving.config import load_config
 
-_SERVING = str(Path(sys.executable).with_name("serving"))
+SERVING = str(Path(sys.executable).with_name("serving"))
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 90.0
 
@@ -56,12 +56,12 @@ def gateway(config: Path, home: Path, registered: Mapping[str, Path]) -> System:
     """
     environment = {"SERVING_HOME": str(home)}
     for name, path in registered.items():
-        _serving(["register", name, str(path), "--alias", "champion"], environment)
+        serving(["register", name, str(path), "--alias", "champion"], environment)
     model = next(iter(registered))
     return System(
         "gateway",
         "this gateway: one gateway replica, one model replica",
-        [_SERVING, "up", "-f", str(config)],
+        [SERVING, "up", "-f", str(config)],
         infer_url(config, model),
         ("ServeReplica:gateway:", "ServeReplica:model-"),
         environment,
@@ -73,9 +73,10 @@ def infer_url(config: Path, model: str) -> str:
     return f"http://127.0.0.1:{load_config(config).gateway.port}/v2/models/{model}/infer"
 
 
-def _serving(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+def serving(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run one `serving` command to its end. Raises `BenchmarkError` where it fails."""
     done = subprocess.run(
-        [_SERVING, *arguments],
+        [SERVING, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

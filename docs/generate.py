@@ -155,6 +155,8 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(typing.get_args(annotation)[0])}"
     if typing.get_origin(annotation) is typing.Annotated:
         return _type(typing.get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
     return {int: "integer", float: "number", str: "string", bool: "boolean", Path: "path"}[
         annotation
     ]

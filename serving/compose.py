@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.config import ServingConfig
-from serving.errors import ClusterError, first_line, operator_error
+from serving.errors import ClusterError, DeviceError, first_line, operator_error
 
 REPLICA_CLASS: Final = "serving.replica.deployment:ModelReplica"
+AGENT_CLASS: Final = "serving.agent.deployment:NodeAgent"
 CONTROLLER_APP: Final = "controller"
 GATEWAY_APP: Final = "gateway"
+AGENT_APP: Final = "agent"
 
 SERVE_FLAGS: Final = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -132,6 +134,7 @@ def start_ray(config: ServingConfig, directory: Path) -> None:
         ray.init(
             address="local",
             num_cpus=config.cluster.num_cpus,
+            num_gpus=_claim_gpus(),
             include_dashboard=False,
             _temp_dir=str(directory),
             _node_ip_address="127.0.0.1",
@@ -143,6 +146,27 @@ def start_ray(config: ServingConfig, directory: Path) -> None:
         _start_serve(serve)
     except Exception as error:
         raise ClusterError(f"the local Ray does not start: {first_line(error)}") from error
+
+
+def _claim_gpus() -> int:
+    """How many devices Ray is to count: whole GPUs and slices that work can be placed on.
+
+    They are named by UUID to Ray and whatever it starts: CUDA numbers GPUs in another order, and a
+    GPU in MIG mode is as many devices as it has slices.
+    """
+    from serving.agent.nvml import VISIBLE_DEVICES, Nvml
+
+    try:
+        nvml = Nvml.open()
+    except DeviceError:
+        return 0  # no driver
+    try:
+        devices = [gpu.uuid for gpu in nvml.gpus() if not gpu.divided]
+    finally:
+        nvml.close()
+    if devices:
+        os.environ[VISIBLE_DEVICES] = ",".join(devices)
+    return len(devices)
 
 
 def connect_ray(address: str) -> None:
@@ -203,6 +227,7 @@ def _applications(config: ServingConfig, deployment: str, *, embedded: bool) -> 
         "config": plain,
         "deployment": deployment,
         "replica_class": REPLICA_CLASS,
+        "agent_class": AGENT_CLASS,
         "run_prefix": run_prefix(config.home_dir, embedded=embedded),
         "env": env,
         "listen_tcp": not embedded,
@@ -282,14 +307,15 @@ def deployed_apps() -> dict[str, tuple[str, str]]:
             app.message or "".join(d.message for d in app.deployments.values()),
         )
         for name, app in serve.status().applications.items()
-        if name in (CONTROLLER_APP, GATEWAY_APP) or name.startswith("model-")
+        if name in (CONTROLLER_APP, GATEWAY_APP, AGENT_APP) or name.startswith("model-")
     }
 
 
 def delete_apps(tell: Callable[[str], None]) -> None:
-    """Delete our applications: gateways first (they drain), then replicas, the controller last.
+    """Delete our applications: gateways first (they drain), then the controller, then the rest.
 
-    The controller goes after the gateways so that it gets their last report.
+    The controller goes after the gateways so that it gets their last report, and before what it
+    would start again.
     """
     from ray import serve
 
@@ -297,7 +323,7 @@ def delete_apps(tell: Callable[[str], None]) -> None:
     for group in (
         [n for n in names if n == GATEWAY_APP],
         [n for n in names if n == CONTROLLER_APP],
-        [n for n in names if n.startswith("model-")],
+        [n for n in names if n == AGENT_APP or n.startswith("model-")],
     ):
         for name in group:
             tell(f"stopping {name}")

@@ -17,11 +17,15 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from serving.config_errors import explain, explain_yaml
+from serving.core.prices import DEFAULT_PRICES, PriceBook
 from serving.core.rollout_spec import PLAN_NAMES, RolloutSpec
 from serving.errors import ConfigError
+from serving.prices import PriceRow, load_rows, price_book
 from serving.rollout_plans import parse_plan, read_plan
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
@@ -156,6 +160,18 @@ class ClusterConfig(_Frozen):
     )
 
 
+class GpuConfig(_Frozen):
+    """GPU memory."""
+
+    safety_margin: float = Field(
+        0.1,
+        ge=0,
+        le=0.5,
+        description="Share of a replica's GPU memory that what it was measured to take leaves "
+        "free.",
+    )
+
+
 class BatchingConfig(_Frozen):
     """How requests are merged into one run of the model."""
 
@@ -237,6 +253,12 @@ class ModelConfig(_Frozen):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`cuda` refuses to start without a GPU."
     )
+    gpu_memory_bytes: int | None = Field(
+        None,
+        ge=64 << 20,
+        description="GPU memory each replica gets and is held to. Default: what the version was "
+        "measured to take, with the margin; before its first load, an estimate.",
+    )
     timeout_ms: float = Field(30_000.0, gt=0, description="Default deadline of a request.")
     batching: BatchingConfig = BatchingConfig()
     queue: QueueConfig = QueueConfig()
@@ -246,10 +268,13 @@ class ModelConfig(_Frozen):
         30.0, gt=0, description="A replica whose run lasts longer is replaced."
     )
     ready_timeout_s: float = Field(
-        300.0, gt=0, description="A version that is not ready by then is given up."
+        300.0,
+        gt=0,
+        description="A version that is not ready by then is given up. A plan's `ready_timeout` is "
+        "this, unless it says less.",
     )
     usd_per_hour: float | None = Field(
-        None, ge=0, description="Price of one replica. Default: unpriced."
+        None, ge=0, description="Price of one replica. Default: by `cost.prices`."
     )
     rollout: Annotated[str | dict[str, Any], BeforeValidator(_rollout)] = Field(
         PLAN_NAMES[0],
@@ -260,7 +285,48 @@ class ModelConfig(_Frozen):
     @property
     def rollout_plan(self) -> RolloutSpec | None:
         """The plan of `rollout`; None for `immediate`."""
-        return None if self.rollout == IMMEDIATE else parse_plan(self.rollout, source="rollout")
+        if self.rollout == IMMEDIATE:
+            return None
+        return parse_plan(self.rollout, source="rollout", ready_timeout_s=self.ready_timeout_s)
+
+    @model_validator(mode="after")
+    def _plan_fits(self) -> ModelConfig:
+        try:
+            _ = self.rollout_plan
+        except ConfigError as error:
+            raise PydanticCustomError("plan", "{why}", {"why": f".{error}"}) from error
+        return self
+
+
+class CostConfig(_Frozen):
+    """What things cost, and how long the ledger remembers it."""
+
+    prices: str | tuple[PriceRow, ...] | None = Field(
+        None,
+        description="Price book: the path of a YAML file, relative to this one, or its rows. "
+        "Default: configs/prices.yaml.",
+    )
+    grid_gco2e_per_kwh: float | None = Field(
+        None, ge=0, le=5000, description="Grams of CO₂e a kWh, to estimate emissions of GPUs by."
+    )
+    retention_days: int = Field(
+        90, ge=1, le=3650, description="Minutes older than this are kept as one sum an account."
+    )
+
+    @field_validator("prices")
+    @classmethod
+    def _found(cls, value: object) -> object:
+        # `load_config` has put the file's rows in its place.
+        if isinstance(value, str):
+            raise ValueError("a path is allowed in a configuration file only; give the rows")
+        return value
+
+    @property
+    def price_book(self) -> PriceBook:
+        """The prices that hold."""
+        if self.prices is None or isinstance(self.prices, str):
+            return PriceBook(DEFAULT_PRICES)
+        return price_book(self.prices)
 
 
 class ServingConfig(_Frozen):
@@ -274,6 +340,8 @@ class ServingConfig(_Frozen):
     registry: RegistryConfig = RegistryConfig()
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()
+    cost: CostConfig = CostConfig()
+    gpu: GpuConfig = GpuConfig()
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
 
     @property
@@ -310,17 +378,26 @@ def load_config(path: Path | None) -> ServingConfig:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            hint = _quote_alias(error)
-            raise ConfigError(f"{path}: is not valid YAML: {_one_line(error)}{hint}") from error
+            raise ConfigError(f"{path}: is not valid YAML: {explain_yaml(error)}") from error
         raw = {} if raw is None else raw
         if not isinstance(raw, dict):
             raise ConfigError(
                 f"{path}: expected a mapping at the top level, found {type(raw).__name__}"
             )
-        raw = _with_plans(raw, path.parent)
+        raw = _with_prices(_with_plans(raw, path.parent), path.parent)
     if home := os.environ.get("SERVING_HOME"):
         raw = {**raw, "home": home}
     return parse_config(raw, source=str(path) if path else "defaults")
+
+
+def _with_prices(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The file with the rows of the price book that it names put in its place."""
+    cost = raw.get("cost")
+    named = cost.get("prices") if isinstance(cost, dict) else None
+    if not isinstance(cost, dict) or not isinstance(named, str):
+        return raw
+    rows = load_rows(directory / Path(named).expanduser())
+    return {**raw, "cost": {**cost, "prices": [row.model_dump(mode="json") for row in rows]}}
 
 
 def _with_plans(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -349,53 +426,4 @@ def parse_config(raw: dict[str, Any], *, source: str) -> ServingConfig:
     try:
         return ServingConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(source, e) for e in error.errors())) from error
-
-
-def _explain(source: str, error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part != "[key]") or "(top level)"
-    if error["input"] is None and error["type"] in ("model_type", "dict_type"):
-        return f"{source}: {where!r} has nothing after it; write its settings, or {{}} for defaults"
-    if error["type"] == "plan":
-        return f"{source}: {where}{error['msg']}"
-    if error["type"] == "extra_forbidden":
-        allowed = ", ".join(_allowed_keys(error["loc"][:-1]))
-        return f"{source}: unknown key {where!r}; allowed here: {allowed}"
-    if error["type"] == "string_pattern_mismatch" and "[key]" in error["loc"]:
-        return (
-            f"{source}: {where!r} is not a model name; "
-            "allowed: letters, digits, '_', '.', '-', at most 100"
-        )
-    if error["type"] == "string_pattern_mismatch":
-        return (
-            f"{source}: {where}: {error['input']!r} is not a version; "
-            'allowed: a number like "3" or an @alias'
-        )
-    return f"{source}: {where}: {error['msg']} (found {error['input']!r})"
-
-
-def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = ServingConfig
-    skip = False
-    for part in location:
-        if skip:
-            skip = False
-            continue
-        if model is ServingConfig and part == "models":
-            model, skip = ModelConfig, True
-            continue
-        annotation = model.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return sorted(model.model_fields)
-
-
-def _quote_alias(error: Exception) -> str:
-    """YAML reserves "@": the mistake that everybody makes once."""
-    if isinstance(error, yaml.scanner.ScannerError) and "'@'" in str(error.problem):
-        return '; an alias needs quotes, as in version: "@champion"'
-    return ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise ConfigError(explain(error, ServingConfig, source)) from error

@@ -119,6 +119,14 @@ class ModelFailed(ServingError):
     grpc_code = "INTERNAL"
 
 
+class OutOfMemory(ServingError):
+    """Not even the smallest run fits into the device's memory. Larger ones are run in parts."""
+
+    slug = "out_of_memory"
+    http_status = 500
+    grpc_code = "RESOURCE_EXHAUSTED"
+
+
 # What an operator can meet.
 
 

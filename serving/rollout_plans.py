@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import Field as DataclassField
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -50,14 +50,20 @@ def read_plan(path: Path) -> dict[str, Any]:
     return {"name": path.stem, **raw}
 
 
-def parse_plan(raw: str | Mapping[str, Any], *, source: str) -> RolloutSpec:
+def parse_plan(
+    raw: str | Mapping[str, Any], *, source: str, ready_timeout_s: float | None = None
+) -> RolloutSpec:
     """A spec from the name of a plan or from a mapping of what differs from one.
 
+    `ready_timeout_s` is the model's: what the plan has where it says nothing, and may not exceed.
     Raises `ConfigError`; `source` names where it came from.
     """
+    named = raw if isinstance(raw, str) else raw.get("plan", PLAN_NAMES[0])
+    base = default_plan(_base(named, source, "plan"))
+    if ready_timeout_s is not None:
+        base = replace(base, ready_timeout_s=ready_timeout_s)
     if isinstance(raw, str):
-        return default_plan(_base(raw, source, "plan"))
-    base = default_plan(_base(raw.get("plan", PLAN_NAMES[0]), source, "plan"))
+        return base
     changes = {key: value for key, value in raw.items() if key != "plan"}
     written = _merged(_as_written(base), changes)
     plan: PlanSettings = _validated(PlanSettings, written, source, ())
@@ -67,7 +73,7 @@ def parse_plan(raw: str | Mapping[str, Any], *, source: str) -> RolloutSpec:
         for name, settings in plan.analysis.triggers.items()
         if settings is not None and settings is not False
     )
-    return _checked(_spec(plan, triggers), source)
+    return _checked(_spec(plan, triggers), source, ready_timeout_s)
 
 
 def _base(name: object, source: str, where: str) -> str:
@@ -163,7 +169,7 @@ def _explain(model: type[BaseModel], prefix: tuple[str, ...], error: Any) -> str
         return f"{where}: {found!r} is no mapping of settings"
     if kind == "tuple_type":
         return f"{where}: {found!r} is no list"
-    if kind in ("duration", "unit", "url", "variable", "header"):
+    if kind in ("duration", "unit", "url", "variable", "header", "metric_name"):
         return f"{where}: {found!r} {error['msg']}"
     if isinstance(found, (Mapping, BaseModel)):
         return f"{where}: {error['msg']}"
@@ -234,8 +240,14 @@ def _fields(kind: Any) -> tuple[DataclassField[Any], ...]:
     return fields(kind)
 
 
-def _checked(plan: RolloutSpec, source: str) -> RolloutSpec:
+def _checked(plan: RolloutSpec, source: str, ready_timeout_s: float | None) -> RolloutSpec:
     """What no single setting shows. Raises `ConfigError`."""
+    if ready_timeout_s is not None and plan.ready_timeout_s > ready_timeout_s:
+        raise ConfigError(
+            f"{source}: ready_timeout: {plan.ready_timeout_s:g} s is more than the model's "
+            f"ready_timeout_s, after which a version is given up; allowed: at most "
+            f"{ready_timeout_s:g} s"
+        )
     names = ", ".join(t.name for t in plan.analysis.triggers) or "none"
     for i, step in enumerate(plan.steps):
         for name in step.require_pass:

@@ -41,6 +41,14 @@ def _seconds(value: object) -> object:
 _NO_DURATION: Final = 'is no duration; allowed: seconds, or a text like "15s", "2m", "1h30m"'
 
 
+def _positive(seconds: float) -> float:
+    if seconds > 0:
+        return seconds
+    raise PydanticCustomError(
+        "duration", 'is too short; allowed: more than 0 s, as in "500ms", "15s", "2m"'
+    )
+
+
 def _off(value: object) -> object:
     """YAML reads `off` as false: what can be left out can be turned off."""
     return None if value is False else value
@@ -78,7 +86,17 @@ def _header(value: str) -> str:
     raise PydanticCustomError("header", "is no name of a header")
 
 
+def _metric(value: str) -> str:
+    if not value or value in spec.METRIC_NAMES or re.fullmatch(r"\w+(\.\w+)*:\w+", value):
+        return value
+    raise PydanticCustomError("metric_name", "is no metric; {allowed}", {"allowed": _METRICS})
+
+
+_METRICS: Final = f"allowed: {', '.join(spec.METRIC_NAMES)}, or module:function"
+
 Duration = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
+Span = Annotated[float, BeforeValidator(_seconds), AfterValidator(_positive)]
+"""A duration that would make no sense as 0: an interval, a window, a timeout."""
 Url = Annotated[str, AfterValidator(_url)]
 Unit = Annotated[str, AfterValidator(_unit)]
 Header = Annotated[str, AfterValidator(_header)]
@@ -114,14 +132,16 @@ class CompareSettings(_Frozen):
     output: str | None
     rtol: float = Field(ge=0)
     atol: float = Field(ge=0)
-    metric: str = Field(pattern=r"^(\w+(\.\w+)*:\w+)?$")
+    metric: Annotated[str, AfterValidator(_metric)]
     threshold: float
 
     @model_validator(mode="after")
     def _metric_named(self) -> CompareSettings:
         if (self.kind == "metric") != bool(self.metric):
             raise PydanticCustomError(
-                "metric", 'kind: metric and metric: "module:function" belong together'
+                "metric",
+                "kind: metric and metric: NAME belong together; {allowed}",
+                {"allowed": _METRICS},
             )
         return self
 
@@ -139,7 +159,7 @@ class GateSettings(_Frozen):
     """`steps.N.gate`: who must say yes after the hold."""
 
     type: spec.GateType = "manual"
-    timeout: Duration = spec.Gate().timeout_s
+    timeout: Span = spec.Gate().timeout_s
     on_timeout: spec.TimeoutAction = spec.Gate().on_timeout
     url: Annotated[str, AfterValidator(_url_or_none)] = ""
     secret_env: Variable = ""
@@ -200,6 +220,12 @@ class TwoArmsSettings(BetSettings):
     delta: float = Field(ge=0, lt=1)
 
 
+class LatencySettings(TwoArmsSettings):
+    """latency: likewise of slow answers, where less than the floor makes no answer slow."""
+
+    floor: Duration
+
+
 class DisagreementSettings(BetSettings):
     """disagreement: tolerated is a share of pairs."""
 
@@ -210,7 +236,7 @@ class CrashLoopSettings(TriggerSettings):
     """crash_loop: so many restarts within the window."""
 
     failures: int = Field(ge=1)
-    window: Duration
+    window: Span
 
 
 class BreakerSettings(TriggerSettings):
@@ -224,7 +250,7 @@ class SloBurnSettings(TriggerSettings):
 
     objective: Share = spec.Trigger("", "slo_burn").objective
     threshold: PositiveFloat
-    window: Duration
+    window: Span
     failures: int = Field(ge=1)
 
 
@@ -232,8 +258,8 @@ class ProviderSettings(TriggerSettings):
     """webhook, and what promql has in common with it: asked at an interval."""
 
     url: Url
-    interval: Duration = spec.Trigger("", "promql").interval_s
-    timeout: Duration = spec.Trigger("", "promql").timeout_s
+    interval: Span = spec.Trigger("", "promql").interval_s
+    timeout: Span = spec.Trigger("", "promql").timeout_s
     failures: int = Field(ge=1)
     secret_env: Variable = ""
 
@@ -248,7 +274,7 @@ class PromQlSettings(ProviderSettings):
 
 TRIGGER_SETTINGS: Final[Mapping[spec.TriggerKind, type[TriggerSettings]]] = {
     "errors": TwoArmsSettings,
-    "latency": TwoArmsSettings,
+    "latency": LatencySettings,
     "disagreement": DisagreementSettings,
     "drift": TwoArmsSettings,
     "labels": TwoArmsSettings,
@@ -279,7 +305,7 @@ class WebhookSettings(_Frozen):
 
     event: spec.WebhookEvent
     url: Url
-    timeout: Duration = spec.Webhook("event", "").timeout_s
+    timeout: Span = spec.Webhook("event", "").timeout_s
     failures: int = Field(spec.Webhook("event", "").failures, ge=1)
     secret_env: Variable = ""
 
@@ -287,7 +313,7 @@ class WebhookSettings(_Frozen):
 class FeedbackSettings(_Frozen):
     """`feedback`: labels that arrive after the answer."""
 
-    window: Duration = spec.Feedback().window_s
+    window: Span = spec.Feedback().window_s
     output: str | None = None
 
 
@@ -302,7 +328,7 @@ class PlanSettings(_Frozen):
     keep_previous: Duration
     shield: bool
     breaker_failures: int = Field(ge=1)
-    ready_timeout: Duration
+    ready_timeout: Span
     analysis: AnalysisSettings
     webhooks: tuple[WebhookSettings, ...]
     feedback: Annotated[FeedbackSettings | None, BeforeValidator(_off)]

@@ -178,8 +178,146 @@ ROLLOUT_ACCURACY: Final = Metric(
     "The share of labelled answers that were right, by arm.",
     (*_ROLLOUT, "arm"),
 )
+ROLLBACK_SECONDS: Final = Metric(
+    "serving_rollback_seconds",
+    "gauge",
+    "How long a model's last rollback took from its verdict until the last gateway had confirmed "
+    "the routes without the version.",
+    _ROLLOUT,
+)
 FEEDBACK_PENDING: Final = Metric(
     "serving_feedback_pending", "gauge", "Labels that no gateway has joined to an answer yet."
+)
+
+_GPU: Final = ("gpu", "host")
+GPU_INFO: Final = Metric(
+    "serving_gpu_info",
+    "info",
+    "A GPU, or a MIG slice of the one in `mig_parent`. `gpu` is the UUID, `index` that of NVML.",
+    (*_GPU, "name", "index", "mig_parent"),
+)
+GPU_MEMORY_TOTAL: Final = Metric("serving_gpu_memory_total_bytes", "gauge", "Memory.", _GPU)
+GPU_MEMORY_USED: Final = Metric(
+    "serving_gpu_memory_used_bytes",
+    "gauge",
+    "Memory that processes use; with what the driver reserves where it tells only the sum.",
+    _GPU,
+)
+GPU_MEMORY_RESERVED: Final = Metric(
+    "serving_gpu_memory_reserved_bytes", "gauge", "Memory that driver and firmware keep.", _GPU
+)
+GPU_MEMORY_LEASED: Final = Metric(
+    "serving_gpu_memory_leased_bytes", "gauge", "Memory that replicas were given.", _GPU
+)
+GPU_UTILIZATION: Final = Metric(
+    "serving_gpu_utilization",
+    "gauge",
+    "The share of the last measurement period in which a kernel ran, 0 to 1. None under MIG.",
+    _GPU,
+)
+GPU_POWER: Final = Metric("serving_gpu_power_watts", "gauge", "Power draw.", _GPU)
+GPU_POWER_LIMIT: Final = Metric(
+    "serving_gpu_power_limit_watts", "gauge", "Power draw that is allowed.", _GPU
+)
+GPU_ENERGY: Final = Metric(
+    "serving_gpu_energy_joules", "counter", "Energy used since the driver was loaded.", _GPU
+)
+GPU_TEMPERATURE: Final = Metric(
+    "serving_gpu_temperature_celsius", "gauge", "Temperature of the chip.", _GPU
+)
+GPU_THROTTLED: Final = Metric(
+    "serving_gpu_throttled",
+    "gauge",
+    "1 for each reason that holds the clocks back.",
+    (*_GPU, "reason"),
+)
+GPU_ECC: Final = Metric(
+    "serving_gpu_ecc_uncorrected_errors",
+    "counter",
+    "Memory errors that ECC could not correct, since the driver was loaded.",
+    _GPU,
+)
+GPU_REMAPPED: Final = Metric(
+    "serving_gpu_remapped_rows", "gauge", "Memory rows that were replaced by spare ones.", _GPU
+)
+GPU_HEALTH: Final = Metric(
+    "serving_gpu_health",
+    "gauge",
+    "1 for the health of each GPU: ok, throttled, unknown, degraded or failed.",
+    (*_GPU, "health"),
+)
+GPU_CORDONED: Final = Metric(
+    "serving_gpu_cordoned", "gauge", "1 if nothing new may start on the GPU, else 0.", _GPU
+)
+GPU_REPLICAS: Final = Metric("serving_gpu_replicas", "gauge", "Replicas that run on the GPU.", _GPU)
+GPU_XIDS: Final = Metric(
+    "serving_gpu_xid_errors",
+    "counter",
+    "Errors that the driver reported, by number, since the controller started.",
+    ("gpu", "xid"),
+)
+
+_NV: Final = ("gpu_uuid",)
+NV_UTILIZATION: Final = Metric(
+    "nv_gpu_utilization", "gauge", "serving_gpu_utilization under Triton's name.", _NV
+)
+NV_POWER: Final = Metric(
+    "nv_gpu_power_usage", "gauge", "serving_gpu_power_watts under Triton's name.", _NV
+)
+NV_POWER_LIMIT: Final = Metric(
+    "nv_gpu_power_limit", "gauge", "serving_gpu_power_limit_watts under Triton's name.", _NV
+)
+NV_MEMORY_USED: Final = Metric(
+    "nv_gpu_memory_used_bytes",
+    "gauge",
+    "serving_gpu_memory_used_bytes under Triton's name.",
+    _NV,
+)
+NV_MEMORY_TOTAL: Final = Metric(
+    "nv_gpu_memory_total_bytes",
+    "gauge",
+    "serving_gpu_memory_total_bytes under Triton's name.",
+    _NV,
+)
+# A counter by what it counts, but its name lacks the ending that counters must have here.
+NV_ENERGY: Final = Metric(
+    "nv_energy_consumption",
+    "gauge",
+    "serving_gpu_energy_joules_total under Triton's name, which has no _total.",
+    _NV,
+)
+
+_ACCOUNT: Final = (*_VERSION, "tenant", "device", "kind")
+COST: Final = Metric(
+    "serving_cost_usd",
+    "counter",
+    "What everything has cost by kind: direct, padding, failed, shadow, warmup, idle, unallocated. "
+    "Only what has a price.",
+    _ACCOUNT,
+)
+COST_SECONDS: Final = Metric(
+    "serving_cost_device_seconds", "counter", "The device time behind each cost.", _ACCOUNT
+)
+COST_UNPRICED: Final = Metric(
+    "serving_cost_unpriced_seconds",
+    "counter",
+    "Device time whose price is not known, and which is in no cost.",
+    _ACCOUNT,
+)
+COST_REQUESTS: Final = Metric(
+    "serving_cost_requests", "counter", "Requests that a cost was for.", _ACCOUNT
+)
+COST_ENERGY: Final = Metric(
+    "serving_cost_energy_joules",
+    "counter",
+    "Energy by share of a GPU's time; an estimate. Absent where it is not measured.",
+    _ACCOUNT,
+)
+COST_PRICE: Final = Metric(
+    "serving_replica_price_usd_per_hour",
+    "gauge",
+    "What a replica costs an hour; absent where it is not known.",
+    (*_VERSION, "replica"),
 )
 
 METRICS: Final = (
@@ -214,7 +352,37 @@ METRICS: Final = (
     ROLLOUT_PAIRS,
     ROLLOUT_LABELS,
     ROLLOUT_ACCURACY,
+    ROLLBACK_SECONDS,
     FEEDBACK_PENDING,
+    GPU_INFO,
+    GPU_MEMORY_TOTAL,
+    GPU_MEMORY_USED,
+    GPU_MEMORY_RESERVED,
+    GPU_MEMORY_LEASED,
+    GPU_UTILIZATION,
+    GPU_POWER,
+    GPU_POWER_LIMIT,
+    GPU_ENERGY,
+    GPU_TEMPERATURE,
+    GPU_THROTTLED,
+    GPU_ECC,
+    GPU_REMAPPED,
+    GPU_HEALTH,
+    GPU_CORDONED,
+    GPU_REPLICAS,
+    GPU_XIDS,
+    COST,
+    COST_SECONDS,
+    COST_UNPRICED,
+    COST_REQUESTS,
+    COST_ENERGY,
+    COST_PRICE,
+    NV_UTILIZATION,
+    NV_POWER,
+    NV_POWER_LIMIT,
+    NV_MEMORY_USED,
+    NV_MEMORY_TOTAL,
+    NV_ENERGY,
 )
 
 

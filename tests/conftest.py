@@ -13,6 +13,9 @@ import pytest
 from models.zoo.catalogue import build
 from serving import compose
 from tests.e2e.deployment import Deployment, register
+from tests.fake_nvml.fixtures import fake_nvml, nvml_here, nvml_library
+
+__all__ = ["fake_nvml", "nvml_here", "nvml_library"]
 
 
 def _write_sleeper(directory: Path) -> None:

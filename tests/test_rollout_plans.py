@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from serving.config import load_config, parse_config
+from serving.core.compare import METRICS
 from serving.core.rollout_spec import (
     KIND_DEFAULTS,
+    METRIC_NAMES,
     PLAN_NAMES,
     TRIGGER_KINDS,
     Gate,
@@ -44,9 +46,22 @@ def test_the_plan_files_say_what_the_built_in_plans_are(name: str) -> None:
 
 def test_the_commented_plan_has_every_setting() -> None:
     raw = yaml.safe_load((PLANS / "canary.yaml").read_text())
-    assert set(raw) | {"name"} == allowed(parse_error({"x": 1}))
+    # By default that of the model: a copy of the file does not change it.
+    assert set(raw) | {"name", "ready_timeout"} == allowed(parse_error({"x": 1}))
     assert set(raw["analysis"]) == allowed(parse_error({"analysis": {"x": 1}}))
     assert set(raw["analysis"]["triggers"]) == set(TRIGGER_KINDS) - {"promql", "webhook"}
+
+
+@pytest.mark.parametrize("name", [*METRICS, "metrics.own:distance"])
+def test_outputs_are_compared_by_a_built_in_metric_or_by_ones_own(name: str) -> None:
+    found = parsed(f"{{shadow: {{compare: {{kind: metric, metric: '{name}', threshold: 0.1}}}}}}")
+    assert found.shadow is not None
+    compare = found.shadow.compare
+    assert (compare.kind, compare.metric, compare.threshold) == ("metric", name, 0.1)
+
+
+def test_plans_know_the_metrics_that_there_are() -> None:
+    assert tuple(METRICS) == METRIC_NAMES
 
 
 def parse_error(raw: dict[str, Any]) -> str:
@@ -170,7 +185,17 @@ def test_everything_that_can_be_written() -> None:
             "{assignment: {overrides: [{header: 'a b', value: x}]}}",
             "assignment.overrides.0.header: 'a b' is no name of a header",
         ),
-        ("{shadow: {compare: {kind: metric}}}", 'kind: metric and metric: "module:function"'),
+        (
+            "{shadow: {compare: {kind: metric}}}",
+            "shadow.compare: kind: metric and metric: NAME belong together; allowed: max_abs, "
+            "max_rel, cosine, mse, or module:function",
+        ),
+        ("{shadow: {compare: {metric: mse}}}", "kind: metric and metric: NAME belong together"),
+        (
+            "{shadow: {compare: {kind: metric, metric: rmse}}}",
+            "shadow.compare.metric: 'rmse' is no metric; allowed: max_abs, max_rel, cosine, mse, "
+            "or module:function",
+        ),
         ("{shadow: {percent: 200}}", "shadow.percent: Input should be less than or equal to 100"),
         (
             "{webhooks: [{event: done, url: x}]}",
@@ -181,6 +206,33 @@ def test_everything_that_can_be_written() -> None:
             "{webhooks: [{event: event, url: 'http://a', secret_env: a-b}]}",
             "webhooks.0.secret_env: 'a-b' is no name of an environment variable",
         ),
+        (
+            "{analysis: {triggers: {q: {kind: webhook, url: 'http://p', interval: 0}}}}",
+            "analysis.triggers.q.interval: 0 is too short; allowed: more than 0 s, as in",
+        ),
+        (
+            "{analysis: {triggers: {q: {kind: webhook, url: 'http://p', timeout: 0s}}}}",
+            "analysis.triggers.q.timeout: '0s' is too short; allowed: more than 0 s, as in",
+        ),
+        (
+            "{analysis: {triggers: {q: {kind: promql, url: 'http://p', query: up, threshold: 1, "
+            "interval: -15}}}}",
+            "analysis.triggers.q.interval: -15 is too short; allowed: more than 0 s, as in",
+        ),
+        (
+            "{steps: [{weight: 5, hold: 1, gate: {timeout: 0}}]}",
+            "steps.0.gate.timeout: 0 is too short; allowed: more than 0 s, as in",
+        ),
+        (
+            "{webhooks: [{event: event, url: 'http://a', timeout: 0.0}]}",
+            "webhooks.0.timeout: 0.0 is too short; allowed: more than 0 s, as in",
+        ),
+        ("{ready_timeout: 0}", "ready_timeout: 0 is too short; allowed: more than 0 s, as in"),
+        (
+            "{analysis: {triggers: {crash_loop: {window: 0}}}}",
+            "analysis.triggers.crash_loop.window: 0 is too short; allowed: more than 0 s",
+        ),
+        ("{feedback: {window: 0}}", "feedback.window: 0 is too short; allowed: more than 0 s"),
         ("{analysis: {triggers: [errors]}}", "['errors'] is no mapping of settings"),
         (
             "{analysis: {triggers: {errors: 3}}}",
@@ -249,6 +301,30 @@ def test_a_model_rolls_out_by_the_plan_that_it_names() -> None:
     changed = config({"plan": "fast", "bake": {"duration": "3s"}})
     assert changed is not None
     assert changed.bake.duration_s == 3
+
+
+@pytest.mark.parametrize("rollout", ["fast", {"plan": "fast"}])
+def test_a_plan_waits_as_long_for_a_version_as_its_model(rollout: object) -> None:
+    models = {"digits": {"rollout": rollout, "ready_timeout_s": 1800}}
+    plan = parse_config({"models": models}, source="f.yaml").models["digits"].rollout_plan
+    assert plan is not None
+    assert plan.ready_timeout_s == 1800
+
+
+def test_a_plan_may_wait_less_than_its_model_and_not_longer() -> None:
+    def timeout(ready_timeout: str) -> float:
+        models = {"digits": {"rollout": {"ready_timeout": ready_timeout}, "ready_timeout_s": 60}}
+        plan = parse_config({"models": models}, source="f.yaml").models["digits"].rollout_plan
+        assert plan is not None
+        return plan.ready_timeout_s
+
+    assert timeout("20s") == 20
+    with pytest.raises(ConfigError) as error:
+        timeout("2m")
+    assert str(error.value) == (
+        "f.yaml: models.digits.rollout: ready_timeout: 120 s is more than the model's "
+        "ready_timeout_s, after which a version is given up; allowed: at most 60 s"
+    )
 
 
 @pytest.mark.parametrize("rollout", ["quick", 5, None, ["fast"]])

@@ -21,7 +21,8 @@ from cryptography.x509.oid import NameOID
 from serving import tls
 from serving.artifacts import ONNX_PLATFORM
 from serving.errors import ClusterError
-from serving.replica.engine import Engine, rules_for
+from serving.replica.engine import Engine
+from serving.replica.rules import rules_for
 from serving.replica.server import ReplicaServer, TlsListener
 from tests.replica import models
 from tests.replica.client import Client

@@ -1,7 +1,9 @@
 """Simulate rollouts and write what came of them to `benchmarks/rollouts/results/`.
 
-python -m benchmarks.rollouts [--rollouts 10000] [--cells batches/200/0.005,sticky/*]
-                              [--only false-rollbacks,detection,peers] [--seed 1]
+python -m benchmarks.rollouts [--rollouts N] [--cells batches/200/0.005,sticky/*]
+                              [--only false-rollbacks,bakes,detection,peers] [--seed 1]
+
+Each row of a result is made of N rollouts; without --rollouts it is as many as its part needs.
 """
 
 from __future__ import annotations
@@ -11,40 +13,49 @@ import datetime
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.rollouts import comparison, detection, false_rollbacks, plots, report
+from benchmarks.rollouts import bakes, comparison, detection, false_rollbacks, plots, report
 from benchmarks.rollouts.traffic import Cell
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("false-rollbacks", "detection", "peers")
-# Detection is measured in seconds, not in tenths of a percent: it needs fewer rollouts.
-_FEWER = 10
+PARTS = {"false-rollbacks": 10_000, "bakes": 1000, "detection": 1000, "peers": 1000}
+"""How many rollouts a row of each is made of, where nobody says.
+
+Tenths of a percent need many; delays, and differences in percent, fewer.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; 1 where a cell has more false rollbacks than are allowed."""
     options = _parse(arguments)
     RESULTS.mkdir(exist_ok=True)
-    few = max(options.rollouts // _FEWER, 100)
+    count = {part: options.rollouts or usual for part, usual in PARTS.items()}
     missed = 0
     if "false-rollbacks" in options.only:
         rows = _measured(
             "false-rollbacks",
-            lambda: false_rollbacks.measure(options.cells, options.rollouts, options.seed),
+            count,
+            lambda rollouts: false_rollbacks.measure(options.cells, rollouts, options.seed),
         )
         plots.false_rollbacks(rows, RESULTS)
         missed = sum(row["upper"] > false_rollbacks.ALLOWED for row in rows)
+    if "bakes" in options.only:
+        _measured("bakes", count, lambda rollouts: bakes.measure(rollouts, options.seed))
     if "detection" in options.only:
-        rows = _measured("detection", lambda: detection.measure(few, options.seed))
+        rows = _measured(
+            "detection", count, lambda rollouts: detection.measure(rollouts, options.seed)
+        )
         plots.detection(rows, RESULTS)
     if "peers" in options.only:
-        rows = _measured("peers", lambda: comparison.measure(few, options.seed))
+        rows = _measured(
+            "peers", count, lambda rollouts: comparison.measure(rollouts, options.seed)
+        )
         plots.peers(rows, RESULTS)
     print(f"{missed} cells have more than {false_rollbacks.ALLOWED:.0%} false rollbacks")
     return 1 if missed else 0
@@ -78,16 +89,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return int(text)
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollouts", description=__doc__)
-    parser.add_argument("--rollouts", type=positive, default=10_000, help="healthy ones a cell")
+    usual = ", ".join(f"{n:,} of {part}" for part, n in PARTS.items())
+    parser.add_argument("--rollouts", type=positive, help=f"a row; usually {usual}")
     parser.add_argument("--cells", type=cells, default=every, help="names with * and ?")
     parser.add_argument("--only", type=parts, default=list(PARTS))
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args(arguments)
 
 
-def _measured(name: str, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _measured(
+    name: str, count: Mapping[str, int], measure: Callable[[int], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
     begin = time.process_time()
-    rows = measure()
+    rows = measure(count[name])
     described = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cpu": machine.cpu_model(),
@@ -96,6 +110,7 @@ def _measured(name: str, measure: Callable[[], list[dict[str, Any]]]) -> list[di
         "packages": {package: version(package) for package in ("numpy", "scipy")},
         "commit": machine.commit(),
         "command": " ".join(["python -m benchmarks.rollouts", *sys.argv[1:]]),
+        "rollouts": count[name],
         "cpu_seconds": round(time.process_time() - begin),
     }
     report.write(name, described, rows, RESULTS)

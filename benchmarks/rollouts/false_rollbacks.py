@@ -20,6 +20,7 @@ def cells() -> list[Cell]:
     return [
         Cell(rate, base_error, scenario)
         for scenario in SCENARIOS
+        if scenario != "day"  # the same, seventy times slower
         for rate in RATES
         for base_error in BASE_ERRORS
     ]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.rollouts.traffic import PREDICTED, STABLE, Array, Counts
 from serving.core.clusters import design_effect
 from serving.core.evidence import log_growth, log_threshold
+from serving.core.one_arm import BAKE, STEPS
 from serving.core.rollout_spec import Analysis
 from serving.core.triggers import BODY
 from serving.core.two_arms import WITNESS, Null
@@ -39,13 +40,15 @@ class Bet:
 class Judge:
     """A trigger: the average of its bets; `witnesses` sets each canary replica aside in turn.
 
-    Only drift, which counts predictions, does without them.
+    Only drift, which counts predictions, does without them. `bakes`: part of its budget is for the
+    bake, which has not begun here.
     """
 
     name: str
     bets: tuple[Bet, ...]
     threshold: float
     witnesses: bool
+    bakes: bool
     min_units: int
     min_events: int
 
@@ -82,6 +85,7 @@ def judges(analysis: Analysis) -> tuple[Judge, ...]:
                     bets,
                     log_threshold(trigger.weight, analysis.alpha),
                     witnesses=trigger.kind != "drift",
+                    bakes=trigger.kind in ("errors", "latency"),
                     min_units=analysis.min_units,
                     min_events=analysis.min_events,
                 )
@@ -105,6 +109,8 @@ def fails(judge: Judge, table: Array, weights: Array) -> tuple[Array, NDArray[np
         units = table[:, 0, :STABLE, 1:, 0].sum(axis=-1)
         heard = (units > 0) & (units >= WITNESS * units.sum(axis=1, keepdims=True) / STABLE)
         evidence = np.where(heard.all(axis=1), np.minimum(whole, np.minimum(*without)), whole)
+    if judge.bakes:
+        evidence = np.logaddexp(np.log(STEPS) + evidence, np.log(BAKE))
     enough = canary[:, 0, 1:, 0].sum(axis=-1) >= judge.min_units
     clusters = canary[..., 1:, :].sum(axis=-2)[..., [1, 3]].min(axis=-1)
     if judge.witnesses:

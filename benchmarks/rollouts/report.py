@@ -24,7 +24,8 @@ def write(name: str, machine: Mapping[str, Any], rows: Sequence[Row], directory:
     heading = (
         f"# {name}: {machine['date']}\n\n{machine['cpu']}, kernel {machine['kernel']}, Python "
         f"{machine['python']}, {packages}, commit {machine['commit']}.\n"
-        f"Command: `{machine['command']}`; {machine['cpu_seconds']} s of one core.\n\n"
+        f"Command: `{machine['command']}`: {machine['rollouts']:,} rollouts a row, "
+        f"{machine['cpu_seconds']} s of one core.\n\n"
     )
     (directory / f"{name}.md").write_text(heading + _TABLES[name](rows) + "\n", encoding="utf-8")
 
@@ -43,6 +44,24 @@ def _false_rollbacks(rows: Sequence[Row]) -> str:
 
     head = ["traffic", "rate", "errors", "taken back", "upper bound", "by trigger"]
     return table(head, map(line, rows))
+
+
+def _bakes(rows: Sequence[Row]) -> str:
+    def line(row: Row) -> list[str]:
+        by = ", ".join(f"{name} {n}" for name, n in row["by_trigger"].items() if n)
+        return [
+            row["canary"],
+            row["scenario"],
+            f"{row['rate']:g}/s",
+            f"{100 * row['base_error']:g} %",
+            f"{row['ended']} of {row['rollouts']:,}",
+            f"{100 * row['upper']:.2f} %",
+            *_both(row["delay_s"]),
+            by or "–",
+        ]
+
+    head = ["canary", "traffic", "rate", "errors", "taken back", "upper bound", "median s", "p95 s"]
+    return table([*head, "by trigger"], map(line, rows))
 
 
 def _detection(rows: Sequence[Row]) -> str:
@@ -90,6 +109,7 @@ def _both(quantiles: Mapping[str, float | None]) -> list[str]:
 
 _TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
     "false-rollbacks": _false_rollbacks,
+    "bakes": _bakes,
     "detection": _detection,
     "peers": _peers,
 }

@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from serving.core.rollout_baseline import latency_bounds
-from serving.core.rollout_counts import LATENCY_BOUNDS, ArmCountsRow, Histogram
-from serving.core.rollout_spec import RolloutSpec, default_plan
+from serving.core.rollout_baseline import ALONE, BODY, LATEST_ANSWERS, MIN_ANSWERS, TAIL
+from serving.core.rollout_counts import LATENCY_BOUNDS
+from serving.core.rollout_spec import FLOOR_S, RolloutSpec, default_plan
 
 Array: TypeAlias = NDArray[np.float64]
-Scenario = Literal["independent", "diurnal", "batches", "sticky", "slow-canary", "slow-stable"]
+Scenario = Literal[
+    "independent", "diurnal", "batches", "sticky", "slow-canary", "slow-stable", "day"
+]
 
 SCENARIOS: Final[tuple[Scenario, ...]] = get_args(Scenario)
 RATES: Final = (1.0, 10.0, 200.0, 2000.0)
@@ -33,7 +35,7 @@ BASE_ERRORS: Final = (0.0, 0.001, 0.005, 0.02)
 
 # Shares of predictions in the ten most frequent classes, and in all others.
 PREDICTED: Final = np.array([0.22, 0.16, 0.12, 0.10, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.07])
-EVENTS: Final = ("errors", "tail", "body", "labels")
+EVENTS: Final = ("errors", "tail", "body", "labels", "alone")
 SOURCES: Final = 3
 NEVER: Final = np.inf
 STABLE: Final = 2
@@ -48,7 +50,10 @@ _COLLECT_S: Final = 0.015  # a batch has what arrives within this time
 _LARGEST_BATCH: Final = 32.0
 _USERS_PER_RPS: Final = 20.0
 _USERS_SPREAD: Final = 1.0  # of the logarithm of a user's rate
-_DAY_S: Final = 3600.0  # a day's drift, pressed into an hour
+_DAY_S: Final[dict[Scenario, float]] = {
+    "diurnal": 3600.0,  # a day's drift, pressed into an hour
+    "day": 86_400.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,11 @@ class Plan:
     def weights(self) -> Array:
         """Of every step, the canary's share."""
         return np.array([step.weight / 100 for step in self.spec.steps])
+
+    @property
+    def bakes(self) -> bool:
+        """Whether its last steps have all requests at the canary."""
+        return bool(self.weights[-1] == 1.0)
 
     @property
     def blocks(self) -> int:
@@ -185,6 +195,7 @@ def draw(cell: Cell, plan: Plan, rollouts: int, rng: np.random.Generator) -> Cou
     if cell.scenario == "sticky":
         shares = _sticky_shares(cell, plan, rollouts, rng)
     blocks = np.zeros((*shape, len(EVENTS), SOURCES, 4))
+    bounds = frozen_bounds(cell, plan, np.broadcast_to(weather.latency, shape), rng)
     for source in range(SOURCES):
         rates = cell.rate * weather.rate * shares[source]
         # A gateway collects batches an arm, whichever replica then runs them.
@@ -192,8 +203,8 @@ def draw(cell: Cell, plan: Plan, rollouts: int, rng: np.random.Generator) -> Cou
         size = np.minimum(1 + arm * _COLLECT_S, _LARGEST_BATCH)
         batches = rng.poisson(rates * plan.seconds / size)
         requests = batches + rng.poisson(batches * (size - 1))
-        for event, share in enumerate(_shares_of_events(cell, plan, source, weather)):
-            blocks[..., event, source, :] = _events(
+        for event, share in _shares_of_events(cell, plan, source, weather, bounds).items():
+            blocks[..., EVENTS.index(event), source, :] = _events(
                 rng, requests, batches, size, share, together=cell.scenario == "batches"
             )
         blocks[..., 3, source, :] = _labels(rng, requests, weather.errors)
@@ -235,29 +246,61 @@ class _Weather:
     def of(
         cls, cell: Cell, plan: Plan, shape: tuple[int, int], rng: np.random.Generator
     ) -> _Weather:
-        if cell.scenario != "diurnal":
+        if cell.scenario not in _DAY_S:
             one = np.ones((1, plan.blocks))
             return cls(one, one, one)
-        turn = 2 * np.pi * plan.begin / _DAY_S
+        turn = 2 * np.pi * plan.begin / _DAY_S[cell.scenario]
         waves = np.sin(turn + rng.uniform(0, 2 * np.pi, (3, shape[0], 1)))
         return cls(1 + 0.5 * waves[0], 3.0 ** waves[1], np.exp(0.25 * waves[2]))
 
 
-def bounds(cell: Cell, plan: Plan) -> tuple[float, float]:
-    """The latency bounds (tail, body), in seconds, that the product freezes for such a stable."""
-    edges = np.array([0.0, *LATENCY_BOUNDS])
-    with np.errstate(divide="ignore"):
-        below = sum(
-            ndtr(np.log(edges / (MEDIAN_S * slow)) / SPREAD) for slow in _stable_scales(cell)
-        ) / len(_stable_scales(cell))
-    before = cell.rate * shadow_pairs(cell, plan.spec)[0] or 100_000.0
-    counted = np.round(np.diff(below) * max(before, 1000.0)).astype(int)
-    latency = Histogram({i: int(n) for i, n in enumerate(counted) if n})
-    found = latency_bounds(ArmCountsRow(latency=latency))
-    if found is None:
-        raise ValueError(f"{cell.name}: no latency bounds for so few answers")
-    tail, body = (LATENCY_BOUNDS[i] for i in found)
-    return tail, body
+def frozen_bounds(
+    cell: Cell, plan: Plan, latency: Array, rng: np.random.Generator
+) -> dict[str, Array]:
+    """The latency bounds in seconds, by event (rollouts, blocks), frozen at each step's entry.
+
+    By the rule of the product, from what stable answered in the latest steps, or in the shadow;
+    `latency` (rollouts, blocks) is the weather's factor. The product also freezes them anew within
+    a step where stable's median moves; here they stay. Raises ValueError for too few answers.
+    """
+    rules = {"tail": TAIL, "body": BODY, **({"alone": ALONE} if plan.bakes else {})}
+    found = {event: np.empty((len(latency), plan.blocks)) for event in rules}
+    # A plan without a shadow has seen stable before.
+    answers = [cell.rate * shadow_pairs(cell, plan.spec)[0] or 100_000.0]
+    seen = [np.log(latency[:, 0])]
+    for step, length in enumerate(plan.lengths_s):
+        enough = np.cumsum(answers[::-1]) >= LATEST_ANSWERS
+        first = len(answers) - 1 - int(enough.argmax()) if enough.any() else 0
+        counted = round(sum(answers[first:]))
+        if counted < MIN_ANSWERS:
+            raise ValueError(f"{cell.name}: no latency bounds for so few answers")
+        usual = np.exp(np.average(seen[first:], axis=0, weights=answers[first:]))
+        here = plan.step == step
+        for event, (quantile, factor) in rules.items():
+            level = rng.beta(quantile * counted, (1 - quantile) * counted, len(latency))
+            base = usual * _stable_quantile(cell, level)
+            bound = np.maximum(factor * base, base + FLOOR_S)
+            bound = _EDGES[np.searchsorted(_EDGES, bound)]
+            # The bake's bound is that of promotion, for what stable did before it too.
+            if event != "alone":
+                found[event][:, here] = bound[:, np.newaxis]
+            elif plan.weights[max(step - 1, 0)] < 1.0:
+                found[event][:] = bound[:, np.newaxis]
+        answers.append(cell.rate * (1 - plan.weights[step]) * length)
+        seen.append(np.log(latency[:, here]).mean(axis=1))
+    return found
+
+
+_EDGES: Final = np.array([*LATENCY_BOUNDS, np.inf])
+
+
+def _stable_quantile(cell: Cell, level: Array) -> Array:
+    """The latency in seconds below which such shares of stable's answers lie."""
+    scales = _stable_scales(cell)
+    seconds = MEDIAN_S * np.exp(np.linspace(-4, 6, 4000) * SPREAD)
+    below = sum(ndtr(np.log(seconds / (MEDIAN_S * slow)) / SPREAD) for slow in scales)
+    found: Array = np.interp(level, below / len(scales), seconds)
+    return found
 
 
 def _stable_scales(cell: Cell) -> tuple[float, ...]:
@@ -271,24 +314,26 @@ def latency_scales(cell: Cell, source: int) -> tuple[float, ...]:
     return (SLOW_REPLICA if cell.scenario == "slow-canary" and source == 1 else 1.0,)
 
 
-def _shares_of_events(cell: Cell, plan: Plan, source: int, weather: _Weather) -> list[Array]:
-    """Of a source's requests, the share that fails, leaves the tail's bound, and the body's."""
+def _shares_of_events(
+    cell: Cell, plan: Plan, source: int, weather: _Weather, bounds: dict[str, Array]
+) -> dict[str, Array]:
+    """By event, its share of a source's requests: those that fail, or take longer than a bound."""
     faulty = (plan.step >= cell.fault.from_step) & (source != STABLE)
     errors = np.minimum(
         cell.base_error * weather.errors * np.where(faulty, cell.fault.errors, 1.0), 1.0
     )
     scale = weather.latency * np.where(faulty, cell.fault.latency, 1.0)
-    slow = [
-        np.mean(
+    slow = {
+        event: np.mean(
             [
                 ndtr(np.log(MEDIAN_S * own * scale / bound) / SPREAD)
                 for own in latency_scales(cell, source)
             ],
             axis=0,
         )
-        for bound in bounds(cell, plan)
-    ]
-    return [errors, *slow]
+        for event, bound in bounds.items()
+    }
+    return {"errors": errors, **slow}
 
 
 def _events(

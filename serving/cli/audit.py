@@ -33,7 +33,7 @@ def show(
 ) -> None:
     """Show the audit log, oldest entry first."""
     if context.invoked_subcommand is not None:
-        _refuse_options_before(context)
+        refuse_options_before(context)
         return
     from serving.cli.client import Admin
     from serving.cli.home import admin_url
@@ -48,8 +48,8 @@ def show(
     show_view(audit_table(entries))
 
 
-def _refuse_options_before(context: typer.Context) -> None:
-    """What stands before `verify` would not reach it."""
+def refuse_options_before(context: typer.Context) -> None:
+    """What stands before a subcommand would not reach it. Raises `ConfigError`."""
     from serving.errors import ConfigError
 
     for parameter in context.command.params:
@@ -59,10 +59,21 @@ def _refuse_options_before(context: typer.Context) -> None:
             raise ConfigError(f"{option} stands before {command!r}; write it behind, if at all")
 
 
-def verify(file: ConfigFile = None, url: Url = None, as_json: AsJson = False) -> None:
-    """Check that no entry of the audit log was changed, removed or put between."""
+def verify(
+    expect: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HASH@COUNT",
+            help="Where the log ended, as an earlier check printed it: it must still have that.",
+        ),
+    ] = None,
+    file: ConfigFile = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that no entry of the audit log was changed, removed, cut off or put between."""
     from serving.cli.client import Admin
     from serving.cli.home import admin_url
 
-    found = Admin(admin_url(url, file)).verify_audit()
+    found = Admin(admin_url(url, file)).verify_audit(expect)
     typer.echo(json.dumps(found, indent=2) if as_json else found["sentence"])

@@ -32,6 +32,10 @@ class Admin:
         """What runs. Raises `OperatorError`."""
         return self._call("/v1/status")
 
+    def plan(self) -> dict[str, Any]:
+        """Where each replica is placed, or why not. Raises `OperatorError`."""
+        return self._call("/v1/plan")
+
     def apply(self, config: dict[str, Any], *, dry_run: bool, reason: str = "") -> dict[str, Any]:
         """Send a configuration; the plan. Raises `OperatorError`."""
         body = {"config": config, "dry_run": dry_run, "actor": actor(), "reason": reason}
@@ -61,6 +65,10 @@ class Admin:
         """Pause, resume, promote, approve, abort or rollback. Raises `OperatorError`."""
         return self._call(f"/v1/rollouts/{quote(name, safe='')}/{command}", body)
 
+    def cost(self, by: str, since_s: int | None) -> dict[str, Any]:
+        """What everything cost in the last `since_s` seconds, or ever. Raises `OperatorError`."""
+        return self._call("/v1/cost" + _query({"by": by, "since": since_s}))
+
     def audit(
         self, *, after: int | None = None, limit: int | None = None, subject: str | None = None
     ) -> list[dict[str, Any]]:
@@ -72,9 +80,20 @@ class Admin:
         found: list[dict[str, Any]] = self._call("/v1/audit" + _query(wanted))["entries"]
         return found
 
-    def verify_audit(self) -> dict[str, Any]:
-        """Check every link of the audit log. Raises `OperatorError` naming the first broken one."""
-        return self._call("/v1/audit/verify")
+    def verify_audit(self, expect: str | None = None) -> dict[str, Any]:
+        """Check every link of the audit log; `expect` is HASH@COUNT, where it ended once.
+
+        Raises `OperatorError` naming the first broken one.
+        """
+        return self._call("/v1/audit/verify" + _query({"expect": expect}))
+
+    def gpus(self) -> dict[str, Any]:
+        """Every GPU and every node that has some. Raises `OperatorError`."""
+        return self._call("/v1/gpus")
+
+    def command_gpu(self, uuid: str, command: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Cordon or uncordon a GPU; {"uuid"}. Raises `OperatorError`."""
+        return self._call(f"/v1/gpus/{quote(uuid, safe='')}/{command}", body)
 
     def wait_converged(self, apply_id: int, progress: Callable[[dict[str, Any]], None]) -> None:
         """Follow an apply to its end.

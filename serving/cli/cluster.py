@@ -69,11 +69,23 @@ def apply(
         _refuse_to_stop_all(file, admin.apply(raw, dry_run=True))
     plan = admin.apply(raw, dry_run=dry_run, reason=reason)
     show_view(plan_table(plan))
+    if dry_run:
+        _show_placement(plan["placement"])
     if not dry_run and wait:
         admin.wait_converged(plan["apply"], Progress())
         typer.echo("done")
     for line in _rollouts(plan, dry_run=dry_run):
         typer.echo(line)
+
+
+def _show_placement(placement: dict[str, Any]) -> None:
+    """Where it would go, if there are GPUs; an error if something has no room."""
+    from serving.cli.plan_render import placement_view, refuse_what_does_not_fit
+    from serving.cli.render import show_view
+
+    if placement["gpus"]:
+        show_view(placement_view(placement))
+    refuse_what_does_not_fit(placement)
 
 
 def _rollouts(plan: dict[str, Any], *, dry_run: bool) -> list[str]:

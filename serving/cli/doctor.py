@@ -40,13 +40,18 @@ print(json.dumps({"version": onnxruntime.__version__,
                   "providers": onnxruntime.get_available_providers()}))
 """
 _NVML: Final = """
-import json, pynvml
+import json
+from serving.agent.nvml import Nvml
+from serving.core.gpus import condition
+from serving.errors import DeviceError
+def row(gpu):
+    found = condition(nvml.sample(gpu))
+    return {**gpu.to_dict(), "health": found.health, "reasons": found.reasons}
 try:
-    pynvml.nvmlInit()
-    print(json.dumps({"devices": pynvml.nvmlDeviceGetCount(),
-                      "driver": pynvml.nvmlSystemGetDriverVersion()}))
-except pynvml.NVMLError as error:
-    print(json.dumps({"absent": str(error)}))
+    nvml = Nvml.open()
+    print(json.dumps({"driver": nvml.driver, "gpus": [row(gpu) for gpu in nvml.gpus()]}))
+except DeviceError as error:
+    print(json.dumps({"absent": str(error.__cause__)}))
 """
 
 
@@ -94,7 +99,7 @@ def examine(config: ServingConfig) -> Iterator[Finding]:
     torch, devices = _torch()
     yield torch
     yield _onnxruntime(devices)
-    yield _nvml(devices)
+    yield from _nvml(devices)
     yield _open_files()
     yield from _ports(config)
     yield _disk(config.home_dir)
@@ -147,17 +152,35 @@ def _onnxruntime(devices: list[str]) -> Finding:
     return Finding("ONNX Runtime", "ok", fact)
 
 
-def _nvml(devices: list[str]) -> Finding:
+def _nvml(devices: list[str]) -> Iterator[Finding]:
     found, error = _child(_NVML)
     if found is None:
-        return Finding("NVML", "warn", error, "GPU facts will be missing: install nvidia-ml-py")
+        yield Finding("NVML", "warn", error, "GPU facts will be missing: install nvidia-ml-py")
+        return
     if "absent" in found:
-        return Finding("NVML", "ok", f"no NVIDIA driver ({found['absent']}); CPU only")
-    fact = f"driver {found['driver']}, {found['devices']} GPU(s)"
-    if found["devices"] and not devices:
+        yield Finding("NVML", "ok", f"no NVIDIA driver ({found['absent']}); CPU only")
+        return
+    whole = sum(gpu["mig_parent"] is None for gpu in found["gpus"])
+    fact = f"driver {found['driver']}, {whole} GPU(s)"
+    if whole and not devices:
         advice = "torch sees no CUDA device: check CUDA_VISIBLE_DEVICES and torch's CUDA version"
-        return Finding("NVML", "warn", fact, advice)
-    return Finding("NVML", "ok", fact)
+        yield Finding("NVML", "warn", fact, advice)
+    else:
+        yield Finding("NVML", "ok", fact)
+    yield from map(_gpu, found["gpus"])
+
+
+def _gpu(gpu: dict[str, Any]) -> Finding:
+    size = gpu["memory_bytes"]
+    memory = "shared memory" if size is None else f"{size / (1 << 30):.0f} GiB"
+    part = "MIG slice" if gpu["mig_parent"] else "GPU"
+    fact = ", ".join([gpu["name"], memory, gpu["uuid"], gpu["health"], *gpu["reasons"]])
+    if gpu["divided"]:
+        fact += ", in MIG mode: only its slices are used"
+    check = f"{part} {gpu['index']}"
+    if gpu["health"] == "failed":
+        return Finding(check, "warn", fact, "Take it out of use: `serving gpus cordon`")
+    return Finding(check, "ok" if gpu["health"] == "ok" else "warn", fact)
 
 
 def _open_files() -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -31,7 +32,8 @@ def run(file: Path | None) -> None:
             f"nothing runs on {config.home_dir}; for a cluster, set RAY_ADDRESS, for another home, "
             "use -f or SERVING_HOME"
         )
-    os.kill(found.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself
+        os.kill(found.pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_S
     while home.running(config.home_dir) == found:
         if time.monotonic() > deadline:

@@ -9,12 +9,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import IO, Final, Literal
 
 from serving.config import ServingConfig, load_config, reachable_url
 from serving.errors import ConflictError
 
 _FILE: Final = "up.json"
+_TURN: Final = "up.lock"
 _VARIABLES: Final = {"gateway": "SERVING_URL", "control": "SERVING_CONTROL_URL"}
 
 
@@ -34,40 +35,56 @@ def hold(config: ServingConfig) -> Iterator[None]:
     Raises `ConflictError` naming the process that has it.
     """
     home = config.home_dir
+    urls = {name: _configured(config, name) for name in ("gateway", "control")}
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (home / _FILE).open("a+", encoding="utf-8")
+        (home / _TURN).touch()
+        with _turn(home):
+            file = (home / _FILE).open("a+", encoding="utf-8")
+            other = _holder(file)
+            if other is None:
+                file.truncate(0)
+                file.write(json.dumps(asdict(Running(os.getpid(), **urls))))
+                file.flush()
     except OSError as error:
         raise ConflictError(f"{home}: cannot be used as home: {error.strerror}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            other = running(home)
+        if other is not None:
             raise ConflictError(
-                f"`serving up` already runs on {home} (process {other.pid if other else '?'}); "
+                f"`serving up` already runs on {home} (process {other.pid}); "
                 "stop it with `serving down`, or use another home"
-            ) from None
-        urls = {name: _configured(config, name) for name in ("gateway", "control")}
-        file.truncate(0)
-        file.write(json.dumps(asdict(Running(os.getpid(), **urls))))
-        file.flush()
+            )
         yield
-        file.truncate(0)
 
 
 def running(home: Path) -> Running | None:
     """The `serving up` that holds `home`, if one does."""
     try:
-        with (home / _FILE).open("r+", encoding="utf-8") as file:
-            try:
-                # Shared: to look must not stop another from taking it.
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return Running(**json.load(file))
-            return None
+        with _turn(home), (home / _FILE).open("r+", encoding="utf-8") as file:
+            return _holder(file)
     except (OSError, ValueError, TypeError):
         return None
+
+
+@contextlib.contextmanager
+def _turn(home: Path) -> Iterator[None]:
+    """One process at a time: who takes the home writes who it is before another looks.
+
+    To look takes the lock that is looked at, for an instant; so nobody is refused by a mere look.
+    """
+    with (home / _TURN).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _holder(file: IO[str]) -> Running | None:
+    """Whose the file is; where it was nobody's it is ours until it is closed. In our turn only."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return Running(**json.load(file))
+    return None
 
 
 def admin_url(url: str | None, file: Path | None) -> str:

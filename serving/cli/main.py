@@ -8,7 +8,7 @@ from typing import Final
 
 import typer
 
-from serving.cli import audit, cluster, config, doctor, infer, models, rollout
+from serving.cli import audit, cluster, config, cost, doctor, gpus, infer, models, plan, rollout
 from serving.errors import OperatorError
 
 INTERRUPTED: Final = 130
@@ -26,6 +26,9 @@ cluster.add_commands(app)
 models.add_commands(app)
 infer.add_commands(app)
 rollout.add_commands(app)
+gpus.add_commands(app)
+cost.add_commands(app)
+plan.add_commands(app)
 audit.add_commands(app)
 doctor.add_commands(app)
 config.add_commands(app)

@@ -12,6 +12,7 @@ import typer
 
 from serving.cli.cluster import ConfigFile, Reason, Url
 from serving.cli.models import AsJson
+from serving.core.rollout_states import State
 
 if TYPE_CHECKING:
     from serving.cli.client import Admin
@@ -24,6 +25,14 @@ Plan = Annotated[
     typer.Option(
         help="canary, blue-green, shadow-only or fast, or a plan's file (.yaml); "
         "default: what the model's configuration says."
+    ),
+]
+
+IfState = Annotated[
+    State | None,
+    typer.Option(
+        metavar="STATE",
+        help="Only if the rollout is in this state, as you saw it: else somebody was faster.",
     ),
 ]
 
@@ -169,6 +178,7 @@ def _commander(command: str) -> Callable[..., None]:
     def run(
         name: Name,
         reason: Reason = "",
+        if_state: IfState = None,
         file: ConfigFile = None,
         url: Url = None,
         as_json: AsJson = False,
@@ -176,6 +186,8 @@ def _commander(command: str) -> Callable[..., None]:
         from serving.cli.client import actor
 
         body = {"actor": actor(), "reason": reason}
+        if if_state is not None:
+            body["expected_state"] = if_state.value
         found = _admin(url, file).command_rollout(name, command, body)
         if as_json:
             _print_json(found)

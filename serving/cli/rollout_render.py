@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -55,13 +55,13 @@ def rollouts_table(rollouts: Sequence[Plain], now: float) -> RenderableType:
 
 def status_view(rollout: Plain, now: float) -> RenderableType:
     """Where a rollout is, its traffic, and what happens next."""
-    return Group(_headline(rollout, now), _next(rollout), Text(""), _arms_table(rollout))
+    return Group(*_headline(rollout, now), _next(rollout), Text(""), _arms_table(rollout))
 
 
 def explain_view(rollout: Plain, audit: Sequence[Plain], now: float) -> RenderableType:
     """Why a rollout is where it is."""
     return Group(
-        _headline(rollout, now),
+        *_headline(rollout, now),
         _next(rollout),
         *_section("rollout", _identity(rollout)),
         *_section("plan", _plan_view(rollout)),
@@ -71,19 +71,60 @@ def explain_view(rollout: Plain, audit: Sequence[Plain], now: float) -> Renderab
     )
 
 
-def watch_view(rollout: Plain, events: Sequence[Plain], now: float, notice: str) -> RenderableType:
-    """The live view: `events` are the last audit entries, `notice` says what is wrong with it."""
-    return Group(
-        _headline(rollout, now),
-        _next(rollout),
-        *((Text(notice, style="yellow"),) if notice else ()),
-        _weight_bar(rollout),
-        _arms_table(rollout),
-        Text(""),
-        _evidence_table(rollout),
-        Text(""),
-        *(_event(e) for e in events),
-    )
+class WatchView:
+    """The live view, as much of it as the terminal is high.
+
+    `events` are the last audit entries, oldest first, `notice` says what is wrong with the view.
+    Where there is too little room the oldest events go first, then blank lines, then what is past
+    the first line of the reason; triggers stay.
+    """
+
+    def __init__(self, rollout: Plain, events: Sequence[Plain], now: float, notice: str) -> None:
+        self._rollout, self._events = rollout, events
+        self._now, self._notice = now, notice
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unbounded = options.update(height=None)
+        for view in self._views():
+            if len(console.render_lines(view, unbounded, pad=False)) <= options.size.height:
+                break
+        yield view
+
+    def _views(self) -> Iterator[RenderableType]:
+        """From the fullest to the shortest."""
+        yield self._view(self._events)
+        for blanks, cut in ((True, False), (False, False), (False, True)):
+            for first in range(max(1, len(self._events))):
+                yield self._view(self._events[first:], blanks=blanks, cut=cut, short=True)
+        yield self._view((), blanks=False, cut=True)
+
+    def _view(
+        self,
+        events: Sequence[Plain],
+        *,
+        blanks: bool = True,
+        cut: bool = False,
+        short: bool = False,
+    ) -> RenderableType:
+        """`cut` gives the head one line a sentence, `short` each event."""
+        rollout = self._rollout
+        blank = (Text(""),) if blanks else ()
+        head = [*_headline(rollout, self._now), _next(rollout)]
+        return Group(
+            *(_one_line(text) if cut else text for text in head),
+            *((Text(self._notice, style="yellow"),) if self._notice else ()),
+            _weight_bar(rollout),
+            _arms_table(rollout),
+            *blank,
+            _evidence_table(rollout),
+            *blank,
+            *(_one_line(_event(e)) if short else _event(e) for e in events),
+        )
+
+
+def _one_line(text: Text) -> Text:
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
 
 
 def plan_view(plan: Plain) -> RenderableType:
@@ -138,7 +179,7 @@ def _detections(plan: Plain) -> RenderableType:
     return Group(Text(about), Text(""), table)
 
 
-def _headline(rollout: Plain, now: float) -> RenderableType:
+def _headline(rollout: Plain, now: float) -> tuple[Text, Text]:
     since = words.duration(int(now - rollout["entered_at"]))
     title = f"{rollout['model']}: version {rollout['stable']} → {rollout['canary']}, "
     text = Text.assemble(
@@ -147,7 +188,7 @@ def _headline(rollout: Plain, now: float) -> RenderableType:
         f", since {words.moment(rollout['entered_at'])} ({since})",
     )
     why = rollout["reason"] or "no reason given"
-    return Group(text, Text(f"by {rollout['actor'] or '–'}: {why}"))
+    return text, Text(f"by {rollout['actor'] or '–'}: {why}")
 
 
 def _identity(rollout: Plain) -> RenderableType:
@@ -157,6 +198,7 @@ def _identity(rollout: Plain) -> RenderableType:
         f"split by {spec['assignment']['unit']}\n"
         f"version {rollout['stable']} is {short(rollout['stable_digest'])}, "
         f"version {rollout['canary']} is {short(rollout['canary_digest'])}"
+        + words.rollback(rollout)
     )
 
 
@@ -258,7 +300,7 @@ def _about_verdicts(rollout: Plain) -> str:
     )
 
 
-def _next(rollout: Plain) -> RenderableType:
+def _next(rollout: Plain) -> Text:
     return Text(f"next: {rollout['next']}")
 
 

@@ -118,6 +118,14 @@ def headline(rollout: Mapping[str, Any]) -> str:
     return f"{progress(rollout)}, {percent(rollout['weight'])} to version {rollout['canary']}"
 
 
+def rollback(rollout: Mapping[str, Any]) -> str:
+    """A line about how long a rollback took, or nothing."""
+    took_ms = rollout["rollback_ms"]
+    if took_ms is None:
+        return ""
+    return f"\ntaken back {took_ms:.0f} ms after the verdict, by when the last gateway had it"
+
+
 Mark = Literal["done", "now", "failed", "skipped", "ahead"]
 
 

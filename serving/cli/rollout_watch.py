@@ -14,7 +14,7 @@ from rich.live import Live
 from serving.cli import rollout_text as words
 from serving.cli.client import Admin
 from serving.cli.render import console
-from serving.cli.rollout_render import watch_view
+from serving.cli.rollout_render import WatchView
 from serving.errors import ClusterError
 
 POLL_S: Final = 0.5
@@ -71,7 +71,7 @@ def _live(sights: Iterator[Sight]) -> dict[str, Any]:
     with Live(console=console(), auto_refresh=False) as live:
         for sight in sights:
             live.update(
-                watch_view(sight.rollout, sight.events, time.time(), sight.notice), refresh=True
+                WatchView(sight.rollout, sight.events, time.time(), sight.notice), refresh=True
             )
     return sight.rollout
 

@@ -4,8 +4,11 @@ GET  /healthz      200 while the reconcile loop runs
 GET  /metrics      Prometheus text format
 GET  /v1/status    what runs
 GET  /v1/routes    the published route table
+GET  /v1/plan      which GPU each replica is on or goes to, or why to none
 POST /v1/apply     {"config": {...}, "dry_run": bool, "actor", "reason"} → the plan
 /v1/rollouts, /v1/audit, /v1/feedback: see `serving.control.admin_rollouts`
+/v1/gpus: see `serving.control.admin_gpus`
+/v1/cost: see `serving.control.admin_cost`
 
 An error is {"error": sentence, "slug": slug} with the error's HTTP status.
 """
@@ -28,6 +31,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.control import metrics
+from serving.control.admin_cost import cost_routes
+from serving.control.admin_gpus import gpu_routes
 from serving.control.admin_rollouts import rollout_routes
 from serving.control.bodies import check_keys, json_object, who
 from serving.control.controller import Controller
@@ -61,6 +66,9 @@ def create_app(controller: Controller, *, host: str, ray_version: str) -> Starle
     async def get_routes(_: Request) -> Response:
         return JSONResponse(dict(controller.board.plain))
 
+    async def get_plan(_: Request) -> Response:
+        return JSONResponse(controller.plan())
+
     async def post_apply(request: Request) -> Response:
         body = await json_object(request)
         check_keys(body, {"config", "dry_run", "actor", "reason"})
@@ -74,8 +82,11 @@ def create_app(controller: Controller, *, host: str, ray_version: str) -> Starle
         Route("/metrics", scrape),
         Route("/v1/status", get_status),
         Route("/v1/routes", get_routes),
+        Route("/v1/plan", get_plan),
         Route("/v1/apply", post_apply, methods=["POST"]),
         *rollout_routes(controller),
+        *gpu_routes(controller),
+        *cost_routes(controller),
     ]
     guard = [Middleware(_LoopbackHostOnly)] if _is_loopback(host) else []
     handlers: dict[Any, Any] = {

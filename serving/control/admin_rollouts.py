@@ -6,10 +6,12 @@ POST /v1/rollouts/plan                    {"model", "to", "plan"?} → what it w
 GET  /v1/rollouts/NAME                    the rollout of an id, or a model's newest
 POST /v1/rollouts/NAME/COMMAND            {"actor", "reason", "expected_state"?} → the rollout
 GET  /v1/audit?after=&limit=&subject=     {"entries": […]}, oldest first; without after the last
-GET  /v1/audit/verify                     {"sentence"}, or an error that names the first bad entry
+GET  /v1/audit/verify?expect=             {"sentence", "end"}, or an error that names what is wrong
 POST /v1/feedback                         {"request_id", "label"} or a list → {"accepted": count}
 
-A COMMAND is pause, resume, promote, approve, abort or rollback.
+A COMMAND is pause, resume, promote, approve, abort or rollback. With expected_state it is carried
+out only where the rollout is in that state. `end` and `expect` are HASH@COUNT: where the log ends,
+and where it did once.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ from serving.control.bodies import (
     who,
 )
 from serving.control.controller import Controller
+from serving.core.rollout_states import State
 from serving.errors import InvalidRequest
 
 _LISTED: Final = 100
 _MOST: Final = 1000
 _WHO: Final = {"actor", "reason"}
 _WANTED: Final = {"model", "to", "plan"}
+_STATES: Final = tuple(state.value for state in State)
 
 
 def rollout_routes(controller: Controller) -> list[Route]:
@@ -71,8 +75,8 @@ def rollout_routes(controller: Controller) -> list[Route]:
         body = await json_object(request)
         check_keys(body, _WHO | {"expected_state"})
         expected = body.get("expected_state")
-        if expected is not None and not isinstance(expected, str):
-            raise InvalidRequest("expected_state is a state's name")
+        if expected is not None and expected not in _STATES:
+            raise InvalidRequest(f"expected_state is {expected!r}; allowed: {', '.join(_STATES)}")
         path = request.path_params
         told = await controller.command_rollout(
             path["name"], path["command"], expected_state=expected, **who(body)
@@ -88,8 +92,9 @@ def rollout_routes(controller: Controller) -> list[Route]:
         )
         return JSONResponse({"entries": entries})
 
-    async def verify(_: Request) -> Response:
-        return JSONResponse({"sentence": await controller.verify_audit()})
+    async def verify(request: Request) -> Response:
+        found = await controller.verify_audit(query(request, {"expect"}).get("expect"))
+        return JSONResponse({"sentence": found.sentence, "end": str(found)})
 
     async def feedback(request: Request) -> Response:
         return JSONResponse({"accepted": controller.add_feedback(await json_body(request))})

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -20,7 +21,7 @@ HEALTH_CHECK_TIMEOUT_S: Final = 5.0
 DRAIN_S: Final = 20.0
 
 # What Ray and Serve raise when they cannot; anything else is a bug of ours.
-_RAY_ERRORS: Final = (RayError, RayServeException, TimeoutError, RuntimeError)
+RAY_ERRORS: Final = (RayError, RayServeException, TimeoutError, RuntimeError)
 # Serve and Ray check a deployment's options as they are given.
 _BAD_OPTIONS: Final = (ValueError, TypeError, OverflowError)
 _PHASES: Final = {
@@ -51,7 +52,7 @@ class ServeCluster:
         """The model applications that exist. Raises `ClusterError`."""
         try:
             found = serve.status().applications
-        except _RAY_ERRORS as error:
+        except RAY_ERRORS as error:
             raise ClusterError(f"Ray Serve does not answer: {first_line(error)}") from error
         return {
             name: AppStatus(_PHASES[app.status], _message(app), app.last_deployed_time_s)
@@ -80,7 +81,7 @@ class ServeCluster:
                     wait_for_ingress_deployment_creation=False,
                     wait_for_applications_running=False,
                 )
-        except _RAY_ERRORS as error:
+        except RAY_ERRORS as error:
             names = ", ".join(target.name for target in targets)
             raise ClusterError(f"cannot start {names}: {first_line(error)}") from error
         return refused
@@ -90,7 +91,7 @@ class ServeCluster:
         try:
             for name in names:
                 serve.delete(name, _blocking=False)
-        except _RAY_ERRORS as error:
+        except RAY_ERRORS as error:
             raise ClusterError(f"cannot delete {', '.join(names)}: {first_line(error)}") from error
 
     def _bind(self, app: AppSpec) -> Any:
@@ -106,6 +107,14 @@ class ServeCluster:
         return deployment.options(**options, num_replicas=app.count, max_ongoing_requests=100).bind(
             spec
         )
+
+
+def node_labels() -> dict[str, dict[str, str]]:
+    """The labels of every node that is alive, by node id. Raises `ClusterError`."""
+    try:
+        return {n["NodeID"]: dict(n.get("Labels") or {}) for n in ray.nodes() if n["Alive"]}
+    except RAY_ERRORS as error:
+        raise ClusterError(f"Ray does not say what nodes there are: {first_line(error)}") from error
 
 
 def replica_options(env: Mapping[str, str], resources: Mapping[str, float]) -> dict[str, Any]:

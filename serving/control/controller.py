@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,18 +15,25 @@ from typing import Any, Final
 from serving import artifacts
 from serving.config import ServingConfig
 from serving.control.board import RouteBoard
+from serving.control.cost_metrics import CostMetrics
+from serving.control.cost_views import cost_view
 from serving.control.feedback import Feedback
 from serving.control.fleet import Fleet
+from serving.control.gpu_demands import Needs
+from serving.control.gpus import Gpus
+from serving.control.ledger import CostLedger
 from serving.control.observe import Observer
 from serving.control.operations import Operations
+from serving.control.placer import Placer
 from serving.control.reconcile import Blocking, Clock, Reconciler
 from serving.control.records import Record
 from serving.control.rollout_views import listed
 from serving.control.rollouts import Rollouts
 from serving.control.state import Cluster, NoProviders, Providers, Resolver, State
-from serving.control.totals import BASE, Totals
+from serving.control.totals import BASE, Totals, instance_of
 from serving.core.routing import RouteTable
-from serving.errors import ArtifactError, ClusterError, OperatorError, ServingError
+from serving.errors import ArtifactError, ClusterError, OperatorError, ServingError, Unavailable
+from serving.store.audit import Head
 from serving.store.sql import Store
 
 log = logging.getLogger(__name__)
@@ -58,17 +65,25 @@ class Controller:
         resolver: Resolver,
         clock: Clock,
         providers: Callable[[Callable[[], int]], Providers] = lambda _: NoProviders(),
+        agents: Callable[[], Collection[str]] = tuple,
+        labels: Callable[[], Mapping[str, Mapping[str, str]]] = dict,
         listen_tcp: bool = False,
     ) -> None:
-        """`providers` makes those that rollouts ask, from what tells the table's revision."""
+        """`providers` makes those that rollouts ask, from what tells the table's revision.
+
+        `agents` makes sure that an agent runs on every node with GPUs, and names these nodes;
+        `labels` gives the labels of every node.
+        """
         self.config = config
         self.deployment = deployment
         self.clock = clock
         self.errors = 0
         self._problems: dict[str, str] = {}
         self.feedback = Feedback()
+        self.cost_metrics = CostMetrics()
         self._store, self._cluster, self._resolver = store, cluster, resolver
         self._new_providers = providers
+        self._keep_agents, self._node_labels = agents, labels
         self._listen_tcp = listen_tcp
         self._in_store, self._in_registry = _thread("store"), _thread("registry")
         self._in_cluster = _thread("cluster", timeout_s=CLUSTER_TIMEOUT_S)
@@ -94,18 +109,26 @@ class Controller:
         stored = await self._in_store(self._store.desired)
         before = State.from_dict(stored) if stored else State()
         fresh = before.deployment != self.deployment
-        table = RouteTable(complete=False)
-        saved_table = await self._in_store(self._store.route_table)
-        if not fresh:
-            self._resumed = stored is not None
-            if saved_table is not None:
-                table = RouteTable.from_dict(saved_table)
+        saved = await self._in_store(self._store.route_table)
+        table = RouteTable(complete=False) if saved is None else RouteTable.from_dict(saved)
         self.fleet = Fleet()
+        self.gpus = Gpus(self.fleet, store=self._store, in_store=self._in_store, clock=self.clock)
+        await self.gpus.load()
+        self.ledger = CostLedger(
+            self.config.cost, self._own_price, self.gpus.standings,
+            store=self._store, in_store=self._in_store, clock=self.clock,
+        )  # fmt: skip
+        await self.ledger.load(fresh=fresh)
         self.totals = Totals(await self._in_store(self._store.counters))
         self.board = RouteBoard(table)
-        self._awaited = {
-            e.replica for m in table.models.values() for a in m.arms.values() for e in a.endpoints
-        }
+        if not fresh:
+            self._resumed = stored is not None
+            self._awaited = {
+                e.replica
+                for m in table.models.values()
+                for a in m.arms.values()
+                for e in a.endpoints
+            }
         self.reconciler = Reconciler(
             State() if fresh else before, self.board, self.fleet, self.totals,
             store=self._store, in_store=self._in_store,
@@ -113,6 +136,7 @@ class Controller:
             clock=self.clock, tick_s=self.config.control.tick_s,
             drain_s=self.config.gateway.drain_s,
         )  # fmt: skip
+        self.reconciler.price = self.ledger.price
         self._providers = self._new_providers(lambda: self.board.revision)
         observer = Observer(
             self.reconciler, self.fleet, self.totals, self.clock, self.config.control.tick_s
@@ -121,13 +145,21 @@ class Controller:
             self.reconciler, observer,
             store=self._store, in_store=self._in_store, clock=self.clock, providers=self._providers,
         )  # fmt: skip
+        self.placer = Placer(
+            self.gpus.standings,
+            lambda: [n.host or n.node for n in self.gpus.nodes() if n.age_s is None],
+            Needs(self.config.gpu.safety_margin, self._artifact_bytes),
+            self.clock,
+        )
+        self.placer.recall(await self._in_store(self._store.memory_profiles))
         self.operations = Operations(
-            self.config, self.reconciler, self.rollouts,
+            self.config, self.reconciler, self.rollouts, self.placer,
             store=self._store, in_store=self._in_store,
             resolver=self._resolver, in_registry=self._in_registry,
             clock=self.clock, listen_tcp=self._listen_tcp,
         )  # fmt: skip
-        # Another `serving up` left this: nothing of it runs. Its counters stay.
+        # Another `serving up` left this: nothing of it runs. Its counters stay; its routes do not,
+        # or a controller that took over before the first table would publish them as ours.
         blank = State(deployment=self.deployment, apply_id=before.apply_id) if fresh else None
         await self.rollouts.load(blank)
 
@@ -139,6 +171,7 @@ class Controller:
                 await task
         if self._tasks:
             await self._flush()
+            await self.ledger.conclude()
             await asyncio.to_thread(self._providers.close, FAREWELL_S)
 
     @property
@@ -158,6 +191,9 @@ class Controller:
         if self.fleet.announce(info, self.clock.monotonic()):
             self._wake.set()
             self._look_now.set()
+        self.ledger.announced(info)
+        self.gpus.heard(info)
+        self.placer.heard(info)
         if self._awaited:
             self._awaited.discard(str(info["replica"]))
             if not self._awaited:
@@ -173,10 +209,15 @@ class Controller:
         That is {"feedback": [{"request_id", "label"}, …]}, or nothing.
         """
         now = self.clock.monotonic()
+        payload = dict(payload)
+        # Kept apart: the ledger has cursors of its own.
+        usage = payload.pop("usage", ())
         if self.totals.report(payload, now):
             # A gateway has cut a canary off: no time to lose.
             self.rollouts.hurry()
             self._look_now.set()
+        self.rollouts.reach.heard(instance_of(payload), int(payload["revision"]), now)
+        self.ledger.reported(instance_of(payload), usage)
         self.feedback.joined(payload.get("feedback_joined", ()))
         due = self.feedback.due(str(payload["gateway"]), now)
         return {"feedback": due} if due else {}
@@ -197,6 +238,20 @@ class Controller:
             raise ArtifactError(f"{digest}: it has no file {path!r}")
         return await asyncio.to_thread(_read, directory / path, offset, min(size, MAX_CHUNK))
 
+    def _artifact_bytes(self, digest: str) -> int | None:
+        """The size of a bundle's files; None if they are not in the cache."""
+        try:
+            return sum(f.size for f in artifacts.read_manifest(self._cached(digest)).files)
+        except ArtifactError:
+            return None
+
+    def lease_gpu(self, app: str, replica: str, node: str, pid: int) -> dict[str, Any] | None:
+        """See `Placer.lease`; the lease as `GpuLease.to_dict`, or None for the CPU."""
+        if not self._may_act():
+            raise Unavailable("just restarted: replicas have not repeated what they hold yet")
+        lease = self.placer.lease(app, replica, node, pid, self.state, self.rollouts.records)
+        return None if lease is None else lease.to_dict()
+
     def _cached(self, digest: str) -> Path:
         directory = artifacts.cache_dir(self.config.home_dir, digest)
         if not directory.is_dir():
@@ -210,6 +265,27 @@ class Controller:
         plan = await self.operations.apply(raw, dry_run=dry_run, **who)
         self._wake.set()
         return plan
+
+    async def cost(self, by: Sequence[str], since_s: int | None) -> dict[str, Any]:
+        """What the last `since_s` seconds cost, or all; see `cost_view`. Raises `StoreError`."""
+        await self.ledger.flush(at_once=True)
+        now = self.clock.unix()
+        since = None if since_s is None else now - since_s
+        rollouts = [r.rollout for r in self.rollouts.records]
+        return cost_view(
+            await self.ledger.rows(since), by,
+            since=since, now=now, grid_gco2e_per_kwh=self.config.cost.grid_gco2e_per_kwh,
+            rollouts=[(r.model, r.stable, r.canary) for r in rollouts],
+        )  # fmt: skip
+
+    def _own_price(self, model: str, version: str) -> float | None:
+        """What the applied configuration says of a replica's price, in USD an hour."""
+        configured = self.state.config.get("models", {}).get(model, {}).get("usd_per_hour")
+        return None if configured is None else float(configured)
+
+    def plan(self) -> dict[str, Any]:
+        """Where what runs and is to run goes; see `Placer.preview`."""
+        return self.placer.preview(self.state, self.rollouts.records)
 
     async def start_rollout(self, model: str, to: str, plan: Any, **who: str) -> dict[str, Any]:
         """See `Operations.start`."""
@@ -253,9 +329,14 @@ class Controller:
         read = partial(self._store.audit, after=after, limit=limit, subject=subject)
         return [row.to_dict() for row in await self._in_store(read)]
 
-    async def verify_audit(self) -> str:
-        """A sentence about the intact log. Raises `StoreError` that names the first bad entry."""
-        return await self._in_store(self._store.verify_audit)
+    async def verify_audit(self, expect: str | None) -> Head:
+        """Where the intact log ends; `expect` is where it did once, as `Head` prints it.
+
+        Raises `StoreError` that names the first bad entry, or `ConfigError`.
+        """
+        noted = None if expect is None else Head.parse(expect)
+        # Beside the store's own thread: no rollback waits for a long log to be read.
+        return await asyncio.to_thread(self._store.verify_audit, noted)
 
     # The loops.
 
@@ -266,8 +347,11 @@ class Controller:
                 async with asyncio.timeout(self.config.control.tick_s):
                     await self._wake.wait()
             ticks += 1
-            look = self._wake.is_set() or not ticks % IDLE_OBSERVE_TICKS
+            idle = ticks % IDLE_OBSERVE_TICKS == 1
+            look = self._wake.is_set() or idle
             self._wake.clear()
+            if idle:
+                await self._guarded("node agents", self._watch_nodes())
             await self._guarded("reconcile tick", self.step(look=look))
 
     async def _watch_loop(self) -> None:
@@ -280,6 +364,10 @@ class Controller:
             self._look_now.clear()
             if self.rollouts.records:
                 await self._guarded("rollout tick", self.watch())
+
+    async def _watch_nodes(self) -> None:
+        self.gpus.expect(await self._in_cluster(self._keep_agents))
+        self.ledger.labels = await self._in_cluster(self._node_labels)
 
     async def step(self, *, look: bool) -> None:
         """Save totals, publish who is there, and take one step; a settled one only if `look`.
@@ -296,6 +384,7 @@ class Controller:
         if self._may_act():
             async with self.reconciler.lock:
                 self.reconciler.look()
+                self.placer.tick(self.state, self.rollouts.records)
                 await self.rollouts.tick(gateways_known=self.totals_are_current)
 
     async def _guarded(self, what: str, work: Awaitable[None]) -> None:
@@ -346,9 +435,14 @@ class Controller:
                 base = self.totals.folded(past)
                 await self._in_store(self._store.fold_counters, BASE, base, past)
                 self.totals.fold(base, past)
+            if learned := self.placer.unsaved():
+                await self._in_store(self._store.save_memory_profiles, learned)
+                self.placer.saved(learned)
             if unsaved := self.totals.unsaved():
                 await self._in_store(self._store.save_counters, unsaved)
                 self.totals.saved(unsaved)
+            await self.gpus.flush()
+            await self.ledger.flush()
 
 
 def _thread(name: str, timeout_s: float | None = None) -> Blocking:

@@ -17,7 +17,8 @@ from ray import serve
 from serving import telemetry, tls
 from serving.config import parse_config
 from serving.control.admin import create_app
-from serving.control.cluster import ServeCluster
+from serving.control.agents import NodeAgents
+from serving.control.cluster import ServeCluster, node_labels
 from serving.control.controller import Controller as Core
 from serving.control.providers import Providers
 from serving.control.reconcile import Clock
@@ -41,7 +42,8 @@ class _Server(uvicorn.Server):
 class Controller:
     """One per deployment.
 
-    `options`: config, deployment, replica_class, run_prefix, env, listen_tcp; see the composition.
+    `options`: config, deployment, replica_class, agent_class, run_prefix, env, listen_tcp; see the
+    composition.
 
     The methods are what replicas and gateways call through a handle; all arguments and results are
     plain.
@@ -60,6 +62,8 @@ class Controller:
             resolver=RegistryResolver(config.registry_uri, config.home_dir),
             clock=Clock(time.monotonic, time.time),
             providers=Providers,
+            agents=NodeAgents(options["agent_class"], options["env"]),
+            labels=node_labels,
             listen_tcp=options["listen_tcp"],
         )
         await self._core.start()
@@ -115,6 +119,21 @@ class Controller:
     async def report(self, payload: dict[str, Any]) -> dict[str, Any]:
         """A gateway's totals; what the gateway is told in turn, see `Controller.report`."""
         return self._core.report(payload)
+
+    async def report_gpus(self, payload: dict[str, Any]) -> None:
+        """What a node's agent found; see `Gpus.report`."""
+        await self._core.gpus.report(payload)
+
+    async def lease_gpu(self, app: str, replica: str, node: str, pid: int) -> dict[str, Any]:
+        """{"lease": see `Controller.lease_gpu`}; or {"error", "slug"}, as for `apply`."""
+        try:
+            return {"lease": self._core.lease_gpu(app, replica, node, pid)}
+        except ServingError as error:
+            return {"error": str(error), "slug": error.slug}
+
+    async def release_gpu(self, replica: str) -> None:
+        """A replica is done with its share of a GPU."""
+        self._core.placer.book.release(replica)
 
     async def manifest(self, digest: str) -> dict[str, Any]:
         """The files of an artifact."""

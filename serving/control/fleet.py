@@ -77,6 +77,10 @@ class Fleet:
             if replica.app in apps and replica.state == "failed":
                 del self._replicas[key]
 
+    def replicas(self) -> list[Replica]:
+        """Every replica, by application and name."""
+        return [replica for _, replica in sorted(self._replicas.items())]
+
     def of(self, app: str) -> list[Replica]:
         """The replicas of an application, by name."""
         return sorted(

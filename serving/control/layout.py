@@ -68,6 +68,7 @@ def served_version(
         stall_timeout_s=model.stall_timeout_s,
         listen_tcp=listen_tcp,
         resources=model.resources,
+        gpu_memory_bytes=model.gpu_memory_bytes,
     )
     arm = Arm(
         model=name,

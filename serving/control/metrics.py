@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from serving import __version__, telemetry
 from serving.control.controller import Controller
+from serving.control.gpu_metrics import gpu_families
 from serving.control.metric_families import family_of
 from serving.control.rollout_metrics import rollout_families
 from serving.control.totals import Histogram
@@ -46,6 +47,10 @@ class _Collector(Collector):
         yield from self._traffic()
         yield from self._replicas()
         yield from rollout_families(self._controller)
+        yield from gpu_families(self._controller.gpus)
+        yield from self._controller.cost_metrics.families(
+            self._controller.ledger.totals, self._controller.ledger.prices
+        )
         yield from self._deployment()
 
     def _traffic(self) -> Iterator[Family]:

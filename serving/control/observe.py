@@ -59,8 +59,7 @@ class Observer:
         rollout, now = record.rollout, self._clock.unix()
         trials = self._totals.trials
         counts = trials.counts(rollout.id)
-        live = self._totals.live(self._clock.monotonic(), self._tick_s)
-        running = [int(row["revision"]) for row in self._totals.rows(live)]
+        running = self.gateways()
         revision = self._reconciler.board.revision
         return Snapshot(
             now=now,
@@ -69,12 +68,18 @@ class Observer:
             canary_failed=self._failed(rollout),
             stable_ready=self.ready(rollout, rollout.stable),
             revision=revision,
-            gateways_at=min(running, default=revision) if gateways_known else 0,
+            gateways_at=min(running.values(), default=revision) if gateways_known else 0,
             counts=counts,
             providers=self._answers.get(rollout.id, {}),
-            breakers=trials.breakers(rollout.id, live),
+            breakers=trials.breakers(rollout.id, running.keys()),
             history=_up_to_now(record.history, Sample.of(now, counts)),
         )
+
+    def gateways(self) -> dict[str, int]:
+        """The live gateway instances and the revision of the routes that each runs."""
+        live = self._totals.live(self._clock.monotonic(), self._tick_s)
+        rows = self._totals.rows(live)
+        return {name: int(row["revision"]) for name, row in zip(live, rows, strict=True)}
 
     def forget(self, rollout: Rollout) -> None:
         """The rollout is over."""

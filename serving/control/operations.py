@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from serving.control.layout import (
     references,
     served_version,
 )
+from serving.control.placer import Placer
 from serving.control.reconcile import Blocking, Clock, Reconciler
 from serving.control.records import Record
 from serving.control.rollout_views import planned, shown
@@ -23,7 +24,7 @@ from serving.control.rollouts import Change, Rollouts
 from serving.control.state import Resolved, Resolver
 from serving.control.totals import ArmTotals
 from serving.core.plan import Layout, PlanRow, ServedModel, ServedVersion, compare
-from serving.core.rollout_spec import RolloutSpec, default_plan
+from serving.core.rollout_spec import PLAN_NAMES, RolloutSpec
 from serving.errors import ConflictError, NotFound, RegistryError
 from serving.rollout_plans import parse_plan
 from serving.store.audit import AuditEntry
@@ -44,6 +45,7 @@ class Operations:
         config: ServingConfig,
         reconciler: Reconciler,
         rollouts: Rollouts,
+        placer: Placer,
         *,
         store: Store,
         in_store: Blocking,
@@ -55,6 +57,7 @@ class Operations:
         self._config = config
         self._reconciler = reconciler
         self._rollouts = rollouts
+        self._placer = placer
         self._store, self._in_store = store, in_store
         self._resolver, self._in_registry = resolver, in_registry
         self._clock = clock
@@ -91,6 +94,10 @@ class Operations:
             name: await self._intent(config, name, asked.models[name]) for name in asked.models
         }
         layout = Layout({name: intent.desired for name, intent in intents.items()})
+        gone = before.desired.models.keys() - asked.models.keys()
+        placement = self._placement(layout, intents, gone)
+        if not dry_run:
+            self._placer.check(placement)
         started = [] if dry_run else await self._begun(config, intents, actor, reason)
         plan = {
             "apply": before.apply_id if dry_run else before.apply_id + 1,
@@ -99,7 +106,7 @@ class Operations:
             "rollouts": [{"model": r.rollout.model, "id": r.rollout.id} for r in started],
         }
         if dry_run:
-            return plan
+            return {**plan, "placement": placement}
         now = self._clock.unix()
         state = replace(
             before,
@@ -114,7 +121,6 @@ class Operations:
         body = {**plan, "reason": reason}
         audit = AuditEntry(now, actor, "apply", "configuration", body)
         change = Change(state, (audit,), pinned, ("apply", plan))
-        gone = before.desired.models.keys() - asked.models.keys()
         await self._rollouts.apply(intents, gone, started, change, actor=actor)
         self._reconciler.fleet.forget_failed(self._reconciler.state.desired.apps())
         return plan
@@ -132,6 +138,7 @@ class Operations:
             async with self._reconciler.lock:
                 self._check_idle(model)
                 stable = self._stable(model, target)
+                self._check_room(model, target)
                 record = await self._rollouts.begin(
                     model, stable, target, spec, actor=actor, reason=reason or f"to version {to}"
                 )
@@ -153,6 +160,7 @@ class Operations:
         config, target, _ = await self._target(model, to)
         spec = self._spec(config, plan)
         stable = self._stable(model, target)
+        self._check_room(model, target)
         totals = self._reconciler.totals.sum().get((model, stable.arm.version), ArmTotals())
         return planned(
             model,
@@ -219,6 +227,26 @@ class Operations:
             )
         return begun
 
+    def _placement(
+        self, layout: Layout, intents: Mapping[str, Intent], gone: Iterable[str]
+    ) -> dict[str, Any]:
+        """Where what runs, what the layout adds and the canaries of new rollouts are to go."""
+        canaries = {n: i.canary for n, i in intents.items() if i.kind == "rollout" and i.canary}
+        new = [*layout.apps().values(), *(c.app for c in canaries.values())]
+        return self._placer.preview(
+            self._reconciler.state,
+            self._rollouts.records,
+            new,
+            rolling_out=canaries.keys(),
+            leaving=set(gone),
+        )
+
+    def _check_room(self, model: str, target: ServedVersion) -> None:
+        """Raise `ConflictError` where the version does not fit beside what runs."""
+        state, records = self._reconciler.state, self._rollouts.records
+        placement = self._placer.preview(state, records, [target.app], rolling_out=[model])
+        self._placer.check(placement)
+
     def _rows(self, asked: Layout, layout: Layout, intents: Mapping[str, Intent]) -> list[PlanRow]:
         state = self._reconciler.state
         rows = compare(layout, state.desired, state.routed, state.given_up)
@@ -260,9 +288,9 @@ class Operations:
             )
 
     def _spec(self, model: ModelConfig, plan: Any) -> RolloutSpec:
-        if plan is not None:
-            return parse_plan(plan, source="plan")
-        return model.rollout_plan or default_plan("canary")
+        own = model.rollout_plan if plan is None else None
+        named = PLAN_NAMES[0] if plan is None else plan
+        return own or parse_plan(named, source="plan", ready_timeout_s=model.ready_timeout_s)
 
     async def _check_pins(self, pins: Pins) -> None:
         """A version number is never given twice: with another digest it is not the same version."""

@@ -19,6 +19,7 @@ from typing import Final, Protocol, cast
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from serving import __version__
+from serving.core.urls import place
 from serving.errors import first_line
 
 MAX_ANSWER: Final = 256 * 1024
@@ -47,17 +48,6 @@ class Answer:
     def ok(self) -> bool:
         """Whether the status is 2xx."""
         return 200 <= self.status < 300
-
-
-def place(url: str) -> str:
-    """What a person may read of a URL: scheme, host and port."""
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port else ""
-        host = parts.hostname or ""
-    except ValueError:
-        return "a malformed URL"
-    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
 
 
 def fetch(

@@ -10,9 +10,10 @@ from functools import partial
 from typing import Final
 
 from serving.control.notices import Notice
-from serving.control.outbound import NoAnswer, place
+from serving.control.outbound import NoAnswer
 from serving.control.webhooks import Receiver, Undeliverable, tell
 from serving.control.workers import Workers
+from serving.core.urls import place
 
 _log = logging.getLogger(__name__)
 

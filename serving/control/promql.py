@@ -16,9 +16,10 @@ from urllib.parse import urlencode, urlsplit
 import orjson
 
 from serving.control.credentials import secret
-from serving.control.outbound import Answer, NoAnswer, fetch, place
+from serving.control.outbound import Answer, NoAnswer, fetch
 from serving.core.rollout_spec import Trigger
 from serving.core.rollout_types import ProviderState, Rollout
+from serving.core.urls import place
 
 _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
     ">": operator.gt,

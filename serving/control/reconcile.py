@@ -28,7 +28,7 @@ from serving.core.plan import (
     is_drained,
     route_table,
 )
-from serving.core.routing import Endpoint, RouteTable
+from serving.core.routing import Arm, Endpoint, RouteTable
 from serving.store.audit import AuditEntry
 from serving.store.sql import PinRow, RolloutRow, Store
 
@@ -95,6 +95,8 @@ class Reconciler:
         self.settled = False
         self.lock = asyncio.Lock()
         self.overlay: Overlay = lambda table: table
+        # What a replica costs, in USD an hour.
+        self.price: Callable[[str], float | None] = lambda _: None
         self.endpoints: Mapping[str, tuple[Endpoint, ...]] = _published(state, board.table)
         self._store, self._in_store = store, in_store
         self._cluster, self._in_cluster = cluster, in_cluster
@@ -171,8 +173,24 @@ class Reconciler:
     def _table(self, state: State, overlay: Overlay) -> RouteTable:
         endpoints = {name: self.endpoints.get(name, ()) for name in state.routed.apps()}
         table = route_table(state.routed, endpoints, self.board.revision)
-        complete = self.board.table.complete or _all_routed(state)
-        return overlay(replace(table, complete=complete))
+        # What an earlier deployment has routed says nothing of this one.
+        same = state.deployment == self.state.deployment
+        complete = (same and self.board.table.complete) or _all_routed(state)
+        return self._priced(overlay(replace(table, complete=complete)))
+
+    def _priced(self, table: RouteTable) -> RouteTable:
+        """The table with the price of every replica that is in it."""
+
+        def priced(arm: Arm) -> Arm:
+            found = {e.replica: self.price(e.replica) for e in arm.endpoints}
+            prices = {replica: usd for replica, usd in found.items() if usd is not None}
+            return replace(arm, prices=prices)
+
+        models = {
+            name: replace(route, arms={v: priced(arm) for v, arm in route.arms.items()})
+            for name, route in table.models.items()
+        }
+        return replace(table, models=models)
 
     async def tick(self, *, gateways_known: bool = True) -> None:
         """One step. Without `gateways_known`, who may still need it being unknown, none is retired.

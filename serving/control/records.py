@@ -24,7 +24,9 @@ class Record:
 
     `served` has both versions, its default is the stable one. `arms` sums up what each arm counted,
     for readers. `released`: an apply has taken the model's layout over, this rollout only ends.
-    `retry`: an apply ended it, so that it says nothing against its version.
+    `retry`: an apply ended it, so that it says nothing against its version. `rollback_ms` is how
+    long it took from the verdict that took it back until the last gateway had confirmed; None where
+    it was not, or nobody saw it.
     """
 
     rollout: Rollout
@@ -33,6 +35,7 @@ class Record:
     arms: Mapping[str, Any] = field(default_factory=dict)
     released: bool = False
     retry: bool = False
+    rollback_ms: float | None = None
 
     @property
     def live(self) -> bool:
@@ -71,6 +74,7 @@ class Record:
             "arms": dict(self.arms),
             "released": self.released,
             "retry": self.retry,
+            "rollback_ms": self.rollback_ms,
         }
         finished_at = None if rollout.active else rollout.finished_at
         state = rollout.state.value
@@ -89,6 +93,8 @@ class Record:
             body["arms"],
             body["released"],
             body["retry"],
+            # Rows of earlier versions have none.
+            body.get("rollback_ms"),
         )
 
 

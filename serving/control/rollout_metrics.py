@@ -27,11 +27,12 @@ _METRICS: Final = (
     telemetry.ROLLOUT_PAIRS,
     telemetry.ROLLOUT_LABELS,
     telemetry.ROLLOUT_ACCURACY,
+    telemetry.ROLLBACK_SECONDS,
 )
 
 
 def rollout_families(controller: Controller) -> Iterator[Family]:
-    """Every family of rollouts, with a sample for each that is not over."""
+    """Every family of rollouts, with a sample for each that is not over, and the last rollbacks."""
     families = {metric.name: family_of(metric) for metric in _METRICS}
     for record in controller.rollouts.records:
         rollout = record.rollout
@@ -39,6 +40,8 @@ def rollout_families(controller: Controller) -> Iterator[Family]:
         _add_state(families, key, rollout)
         _add_verdicts(families, key, rollout)
         _add_counts(families, key, controller, record)
+    for model, (rollout_id, took_ms) in controller.rollouts.rollbacks.items():
+        families[telemetry.ROLLBACK_SECONDS.name].add_metric((model, rollout_id), took_ms / 1000)
     yield from families.values()
 
 

@@ -20,6 +20,7 @@ from serving.core.rollout_counts import (
 from serving.core.rollout_outlook import next_sentence
 from serving.core.rollout_spec import RolloutSpec
 from serving.core.rollout_types import Rollout, Snapshot
+from serving.core.urls import place
 
 _QUANTILES: Final = (("p50_s", 0.5), ("p99_s", 0.99))
 
@@ -57,7 +58,21 @@ def shadow_summary(counts: Mapping[int, EpochCounts]) -> dict[str, int]:
 
 def listed(record: Record) -> dict[str, Any]:
     """A rollout in a list: its own document."""
-    return record.rollout.to_dict()
+    rollout = record.rollout
+    return {
+        **rollout.to_dict(),
+        "spec": readable(rollout.spec),
+        "rollback_ms": record.rollback_ms,
+    }
+
+
+def readable(spec: RolloutSpec) -> dict[str, Any]:
+    """A plan as anybody may read it: of each URL scheme, host and port."""
+    raw = spec.to_dict()
+    gates = [step["gate"] for step in raw["steps"] if step["gate"]]
+    for source in (*gates, *raw["analysis"]["triggers"], *raw["webhooks"]):
+        source["url"] = place(source["url"]) if source["url"] else ""
+    return raw
 
 
 def shown(record: Record, snapshot: Snapshot, observer: Observer) -> dict[str, Any]:
@@ -66,7 +81,7 @@ def shown(record: Record, snapshot: Snapshot, observer: Observer) -> dict[str, A
     counted = arms_summary(snapshot.counts) or dict(record.arms)
     empty = _arm(ArmCountsRow())
     return {
-        **rollout.to_dict(),
+        **listed(record),
         "arms": {
             arm: {
                 **counted.get(arm, empty),
@@ -106,7 +121,7 @@ def planned(
         "model": model,
         "stable": stable,
         "canary": canary,
-        "spec": spec.to_dict(),
+        "spec": readable(spec),
         "requests_per_s": requests_per_s,
         "detections": [asdict(detection) for detection in found],
     }
@@ -122,11 +137,13 @@ def _as_counts(totals: ArmTotals) -> ArmCountsRow:
             if count:
                 upper = edges[i + 1] if i + 1 < len(edges) else edges[-1]
                 _spread(buckets, edges[min(i, len(edges) - 1)], upper, count)
+    # What it failed while it was a canary was its failure, whoever answered then.
+    failed = totals.errors + totals.shielded
     return ArmCountsRow(
-        requests=totals.answered + totals.errors,
-        failed=totals.errors,
-        batches=totals.answered + totals.errors,
-        failed_batches=totals.errors,
+        requests=totals.answered + failed,
+        failed=failed,
+        batches=totals.answered + failed,
+        failed_batches=failed,
         latency=Histogram(buckets),
     )
 

@@ -20,6 +20,7 @@ from serving.control.intents import Intent
 from serving.control.notices import notices
 from serving.control.observe import Observer
 from serving.control.overlay import lay_out, switch, with_splits
+from serving.control.reach import Reach
 from serving.control.reconcile import Blocking, Clock, Reconciler
 from serving.control.records import Record
 from serving.control.rollout_views import arms_summary
@@ -75,6 +76,9 @@ class Rollouts:
     ) -> None:
         self.records: tuple[Record, ...] = ()
         self.observer = observer
+        self.reach = Reach()
+        # By model: the last rollback that was measured, and how long it took in milliseconds.
+        self.rollbacks: dict[str, tuple[str, float]] = {}
         self._reconciler = reconciler
         self._store, self._in_store = store, in_store
         self._clock = clock
@@ -91,6 +95,8 @@ class Rollouts:
         """
         rows = await self._in_store(partial(self._store.rollouts, active=True, limit=10_000))
         past = await self._in_store(partial(self._store.rollouts, active=False, limit=1000))
+        for row in reversed(past):
+            self._note_rollback(row.model, row.id, row.body.get("rollback_ms"))
         lately = self._clock.unix() - _RETOLD_S
         rows += [row for row in past if _warm(row) or (row.finished_at or 0.0) > lately]
         records = [Record.from_row(row) for row in reversed(rows)]
@@ -163,7 +169,7 @@ class Rollouts:
         if expected_state is not None and expected_state != rollout.state.value:
             raise ConflictError(
                 f"rollout {rollout.id} is {rollout.state.value} now, not {expected_state} "
-                f"({rollout.reason}); look at it again"
+                f"({rollout.actor}: {rollout.reason}); look at it again"
             )
         told = replace(record, rollout=command(rollout, name, actor, reason, now))
         after = [told if r.rollout.id == rollout.id else r for r in self.records]
@@ -265,10 +271,14 @@ class Rollouts:
     ) -> None:
         """Write what has changed and go by it; with nothing changed, publish who is there."""
         before = {r.rollout.id: r for r in self.records}
-        now = self._clock.unix()
+        now, decided_at = self._clock.unix(), self._clock.monotonic()
         changed = [r for r in after if _differs(before.get(r.rollout.id), r)]
         counts = self._reconciler.totals.trials.counts
         changed = [replace(r, arms=arms_summary(counts(r.rollout.id)) or r.arms) for r in changed]
+        taken_back = [r.rollout.id for r in changed if r.taking_back and not _was(before, r)]
+        for rollout_id in taken_back:
+            self.reach.decided(rollout_id, decided_at)
+        changed = [self._measured(r) if _was(before, r) else r for r in changed]
         fresh = {r.rollout.id: r for r in changed}
         after = [fresh.get(r.rollout.id, r) for r in after]
         heads = self._heads(after)
@@ -291,9 +301,26 @@ class Rollouts:
             pins=change.pins,
             event=change.event,
         )
+        gateways, revision = self.observer.gateways(), self._reconciler.board.revision
+        for rollout_id in taken_back:
+            self.reach.published(rollout_id, revision, gateways, self._clock.monotonic())
+        self.reach.keep({r.rollout.id for r in after if r.taking_back})
+        for record in changed:
+            self._note_rollback(record.rollout.model, record.rollout.id, record.rollback_ms)
         self._adopt(after)
         for record in after:
             self._tell(before.get(record.rollout.id), record, now)
+
+    def _measured(self, record: Record) -> Record:
+        """With how long its rollback took, once it has come to its end."""
+        took_s = self.reach.took(record.rollout.id, self.observer.gateways())
+        if record.taking_back or took_s is None:
+            return record
+        return replace(record, rollback_ms=round(1000 * took_s, 3))
+
+    def _note_rollback(self, model: str, rollout_id: str, took_ms: float | None) -> None:
+        if took_ms is not None:
+            self.rollbacks[model] = (rollout_id, took_ms)
 
     def _adopt(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -324,6 +351,12 @@ class Rollouts:
 
 def _warm(row: RolloutRow) -> bool:
     return row.body["rollout"]["warm_until"] is not None
+
+
+def _was(before: Mapping[str, Record], record: Record) -> bool:
+    """Whether it was being taken back."""
+    known = before.get(record.rollout.id)
+    return known is not None and known.taking_back
 
 
 def _differs(before: Record | None, after: Record) -> bool:

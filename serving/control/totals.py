@@ -94,13 +94,18 @@ class ArmTotals:
         return self.requests.get("success", 0)
 
     @property
+    def shielded(self) -> int:
+        """Requests that this version failed and another answered: they are in its totals alone."""
+        return self.requests.get("shielded", 0)
+
+    @property
     def total(self) -> int:
-        """Requests of every outcome."""
-        return sum(self.requests.values())
+        """Requests that ended at this version: over all versions each request counts once."""
+        return sum(self.requests.values()) - self.shielded
 
     @property
     def errors(self) -> int:
-        """Requests that were neither answered nor given up by their client."""
+        """Requests whose client got an error; who gave up is none of them, nor is `shielded`."""
         return self.total - self.answered - self.requests.get("cancelled", 0)
 
     def add(self, row: Mapping[str, Any], bounds: Mapping[str, Sequence[float]]) -> None:
@@ -136,7 +141,7 @@ class Totals:
 
         Raises `KeyError`, `TypeError` or `ValueError` if it is malformed.
         """
-        instance = f"{payload['gateway']}@{payload['started_at']}"
+        instance = instance_of(payload)
         if instance in self._base["folded"]:
             return False
         for row in payload["models"]:
@@ -252,6 +257,11 @@ class Totals:
             del self._rows[instance]
             self._saved.pop(instance, None)
             self._heard.pop(instance, None)
+
+
+def instance_of(payload: Mapping[str, Any]) -> str:
+    """The gateway process that a report is from: a restarted one is another."""
+    return f"{payload['gateway']}@{payload['started_at']}"
 
 
 def _counts(payload: Mapping[str, Any]) -> str:

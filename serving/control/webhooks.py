@@ -17,8 +17,9 @@ import orjson
 
 from serving.control.credentials import secret
 from serving.control.notices import Notice
-from serving.control.outbound import Answer, NoAnswer, fetch, place
+from serving.control.outbound import Answer, NoAnswer, fetch
 from serving.core.rollout_types import ProviderState, Rollout
+from serving.core.urls import place
 
 _VERDICTS: Final = ("ok", "fail", "unknown")
 _LONGEST_MESSAGE: Final = 200

@@ -63,6 +63,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     "cosine": _cosine,
     "mse": _mse,
 }
+"""`rollout_spec.METRIC_NAMES` and what they do."""
 
 
 def comparison(

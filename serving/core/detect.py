@@ -28,6 +28,7 @@ from serving.core.evidence import (
     log_e_late_onset,
     log_threshold,
 )
+from serving.core.one_arm import spent
 from serving.core.rollout_baseline import latency_bounds
 from serving.core.rollout_counts import LATENCY_BOUNDS, ArmCountsRow, Histogram
 from serving.core.rollout_spec import RolloutSpec, Trigger, TriggerKind
@@ -126,7 +127,7 @@ def seconds_to_detect(
                 log_es.append(log_e_late_onset(steps, len(phases), null.r0, null.delta))
                 most = max(most, sum(period.canary.k for (period,) in steps))
             units = traffic.requests_per_s * sum(p.weight * t for p, t in held)
-            return log_average(log_es) >= threshold and _guarded(spec, units, most)
+            return spent(log_average(log_es)) >= threshold and _guarded(spec, units, most)
 
         seconds = _first(noticed, phase.hold_s)
         if seconds is not None:
@@ -204,7 +205,7 @@ def _failing(
 
 
 def _latency(spec: RolloutSpec, traffic: Traffic, trigger: Trigger) -> Iterator[Detection]:
-    bounds = latency_bounds(traffic.counts)
+    bounds = latency_bounds(traffic.counts, trigger.floor_s)
     if bounds is None:
         return
     nulls = (Null(trigger.r0, trigger.delta), BODY)
@@ -215,7 +216,7 @@ def _latency(spec: RolloutSpec, traffic: Traffic, trigger: Trigger) -> Iterator[
                 canary=_slower(traffic.counts.latency, bound, factor),
                 stable=_slower(traffic.counts.latency, bound, 1.0),
             )
-            for null, bound in zip(nulls, bounds, strict=True)
+            for null, bound in zip(nulls, bounds[: len(nulls)], strict=True)
         ]
         seconds = seconds_to_detect(spec, traffic, trigger, regressions)
         words = f"every request takes {factor:g} times as long"

@@ -12,6 +12,7 @@ from typing import Final
 
 from serving.core.clusters import design_effect
 from serving.core.evidence import log_e_bounded
+from serving.core.one_arm import FACTOR
 from serving.core.rollout_counts import NOTHING, Sample, recent
 from serving.core.rollout_spec import Trigger
 from serving.core.rollout_types import Outcome, Rollout, Snapshot, Verdict
@@ -71,16 +72,19 @@ def _burst(history: Sequence[Sample], failures: int) -> Sample:
 def slo_burn(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     """Errors that use up the objective's budget many times too fast, stable's rate left aside.
 
-    It needs no stable traffic beside it, so it watches the bake too. The rate must be above the
-    bound in both windows, and clearly so in the long one.
+    It needs no stable traffic beside it, so it watches the bake too, with as much patience as
+    `one_arm` has there. The rate must be above the bound in both windows, and clearly so in the
+    long one.
     """
     history, analysis = snapshot.history, rollout.spec.analysis
     long, short = (recent(history, trigger.window_s * part) for part in (1.0, _SHORT_WINDOW))
-    # Where stable has no traffic of late (in the bake), it is judged by all it ever had.
-    beside = long.stable if long.stable[0] >= analysis.min_units or not history else None
-    stable = beside or (history[-1].stable if history else NOTHING)
+    # Its rate of late says little when it had few requests, and nothing where it had none.
+    ever = history[-1].stable if history else NOTHING
+    of_late = long.stable if long.stable[0] >= analysis.min_units else NOTHING
+    stable = max(ever, of_late, key=rate)
     burning = trigger.threshold * (1.0 - trigger.objective)
-    bound = min(max(burning, OWN_FAULT * rate(stable)), _ALMOST_ALL)
+    factor = OWN_FAULT if short.stable[0] else FACTOR
+    bound = min(max(burning, factor * rate(stable)), _ALMOST_ALL)
     effect = float(design_effect([long.canary])[0])
     n, k, _, clusters = long.canary
     log_e = log_e_bounded(k / effect, n / effect, bound, *_BURNING)

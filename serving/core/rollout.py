@@ -6,8 +6,8 @@ that are away, restarts, the triggers' verdicts), finds at most one event, and l
 that rolls back, a canary that will not come back, a provider that does not answer, a trigger that
 pauses; only then whether the state has done its work.
 
-Whenever the weight, the step or the frozen baseline changes, a new epoch begins. Gateways count by
-epoch, so each count belongs to one known weight.
+Whenever the weight, the step, the frozen baseline or the part of the bake changes, a new epoch
+begins. Gateways count by epoch, so each count belongs to one known weight.
 """
 
 from __future__ import annotations
@@ -16,9 +16,16 @@ from dataclasses import replace
 from typing import Any, Final
 
 from serving.core import triggers
-from serving.core.rollout_baseline import drift_bins, latency_bounds, stable_so_far
+from serving.core.one_arm import part_at
+from serving.core.rollout_baseline import (
+    drift_bins,
+    latency_bounds,
+    moved_bounds,
+    stable_so_far,
+)
+from serving.core.rollout_counts import EpochCounts
 from serving.core.rollout_progress import WATCHED, find_event
-from serving.core.rollout_spec import RolloutSpec
+from serving.core.rollout_spec import FLOOR_S, RolloutSpec
 from serving.core.rollout_states import TERMINAL, TRANSITIONS, Event, State
 from serving.core.rollout_types import (
     Approval,
@@ -64,6 +71,8 @@ COMMANDS: Final = {
 
 _PROMOTABLE: Final = frozenset({State.SHADOWING, State.OBSERVING, State.AWAITING_GATE})
 _RESTARTS_KEPT: Final = 100  # more than any crash-loop trigger asks about
+_STEPPING: Final = frozenset({State.OBSERVING, State.AWAITING_GATE})
+_ALONE: Final = frozenset({State.PROMOTING, State.BAKING})
 
 
 def new_rollout(
@@ -111,7 +120,7 @@ def decide(rollout: Rollout, snapshot: Snapshot) -> Rollout:
         after = replace(after, waiting_since=snapshot.now)
     elif not finding.waiting:
         after = replace(after, waiting_since=None)
-    return _in_epoch(after, _frozen(after, snapshot))
+    return _in_epoch(after, {**_frozen(after, snapshot), **_bake_part(after, snapshot.now)})
 
 
 def command(rollout: Rollout, name: str, actor: str, reason: str, now: float) -> Rollout:
@@ -135,7 +144,7 @@ def command(rollout: Rollout, name: str, actor: str, reason: str, now: float) ->
     if rollout.state is State.SUCCEEDED and event is Event.ROLLBACK and not _kept(rollout, now):
         raise ConflictError(
             f"{title(rollout)} has succeeded and version {rollout.stable} is no longer kept; "
-            f"start a rollout to version {rollout.stable} instead"
+            f"to go back to it: serving rollout start {rollout.model} --to {rollout.stable}"
         )
     return transition(rollout, event, now=now, reason=reason, actor=actor)
 
@@ -296,20 +305,41 @@ def _judged(rollout: Rollout, snapshot: Snapshot) -> Rollout:
 
 
 def _frozen(rollout: Rollout, snapshot: Snapshot) -> dict[str, Any]:
-    """The baseline for the next epoch: anew at each step's entry, else what is not there yet."""
-    if rollout.stage not in (State.OBSERVING, State.AWAITING_GATE):
+    """The baseline for the next epoch: anew at each step's entry, else what is not there yet.
+
+    Within a step latency bounds follow stable, where it has become faster or slower.
+    """
+    if rollout.stage not in _STEPPING | _ALONE:
         return {}
     current, kinds = rollout.current, {t.kind for t in rollout.spec.analysis.triggers}
     entering = rollout.step != current.step
-    bounds = "latency" in kinds and (entering or current.latency_bounds is None)
-    bins = "drift" in kinds and (entering or current.drift_bins is None)
-    if not bounds and not bins:
+    found: dict[str, Any] = {}
+    if "latency" in kinds:
+        found["latency_bounds"] = _latency_bounds(rollout, snapshot, entering)
+    unknown = rollout.stage in _STEPPING and current.drift_bins is None
+    if "drift" in kinds and (entering or unknown):
+        found["drift_bins"] = drift_bins(stable_so_far(snapshot.counts)) or current.drift_bins
+    return found
+
+
+def _latency_bounds(rollout: Rollout, snapshot: Snapshot, entering: bool) -> tuple[int, ...] | None:
+    frozen, analysis = rollout.current.latency_bounds, rollout.spec.analysis
+    floor_s = min((t.floor_s for t in analysis.triggers if t.kind == "latency"), default=FLOOR_S)
+    if entering or frozen is None:
+        return latency_bounds(stable_so_far(snapshot.counts), floor_s) or frozen
+    if rollout.stage in _ALONE:
+        return frozen
+    since = snapshot.counts.get(rollout.epoch, EpochCounts()).arm("stable")
+    changes = sum(e.step == rollout.step for e in rollout.epochs) - 1
+    return moved_bounds(frozen, since, changes, floor_s) or frozen
+
+
+def _bake_part(rollout: Rollout, now: float) -> dict[str, Any]:
+    """The part of the bake that runs; parts only go on, whatever clocks do."""
+    if rollout.state is not State.BAKING:
         return {}
-    stable = stable_so_far(snapshot.counts)
-    return {
-        **({"latency_bounds": latency_bounds(stable) or current.latency_bounds} if bounds else {}),
-        **({"drift_bins": drift_bins(stable) or current.drift_bins} if bins else {}),
-    }
+    part = part_at(now - rollout.entered_at, rollout.spec.bake.duration_s)
+    return {"part": max(part, rollout.current.part)}
 
 
 def _in_epoch(rollout: Rollout, baseline: dict[str, Any]) -> Rollout:

@@ -12,6 +12,7 @@ from serving.core.rollout_progress import (
 )
 from serving.core.rollout_states import State
 from serving.core.rollout_types import Rollout, Snapshot
+from serving.core.urls import place
 
 
 def next_sentence(rollout: Rollout, snapshot: Snapshot) -> str:
@@ -102,7 +103,7 @@ def _until_passed(rollout: Rollout, snapshot: Snapshot) -> str:
     if step is None or step.gate is None or gate_passed(rollout, snapshot):
         return _asking(rollout, snapshot, then)
     gate = step.gate
-    asked = "a person approves" if gate.type == "manual" else f"{gate.url} says yes"
+    asked = "a person approves" if gate.type == "manual" else f"{place(gate.url)} says yes"
     over = gate.timeout_s - (snapshot.now - rollout.entered_at)
     action = {"pause": "is paused", "rollback": "is rolled back", "proceed": "goes on"}
     return f"{then} when {asked}. Without it the rollout {action[gate.on_timeout]} in {span(over)}."
@@ -122,11 +123,21 @@ def _following(rollout: Rollout) -> str:
 
 def _ended(rollout: Rollout, snapshot: Snapshot) -> str:
     if rollout.state is not State.SUCCEEDED:
-        return f"Nothing: it was rolled back ({rollout.reason})."
+        return (
+            f"It is over, with all requests at version {rollout.stable}. To try "
+            f"{_version(rollout)} again: {_start(rollout, rollout.canary)}."
+        )
     if rollout.warm_until is None or rollout.warm_until <= snapshot.now:
-        return f"Nothing: it has succeeded, and version {rollout.stable} is no longer kept."
+        return (
+            f"It has succeeded, and version {rollout.stable} is no longer kept. To go back to it: "
+            f"{_start(rollout, rollout.stable)}."
+        )
     left = span(rollout.warm_until - snapshot.now)
     return f"Version {rollout.stable} is kept for another {left}; a rollback to it is immediate."
+
+
+def _start(rollout: Rollout, version: str) -> str:
+    return f"serving rollout start {rollout.model} --to {version}"
 
 
 def _version(rollout: Rollout) -> str:

@@ -8,6 +8,7 @@ from typing import Final
 from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction, TriggerAction, Webhook
 from serving.core.rollout_states import PAUSABLE, Event, State
 from serving.core.rollout_types import Hook, Outcome, Rollout, Snapshot, Verdict
+from serving.core.urls import place
 
 WATCHED: Final = frozenset(
     {
@@ -279,7 +280,7 @@ def _stepping(rollout: Rollout, snapshot: Snapshot) -> Finding:
     if done := work_done(rollout, snapshot):
         return _forward(rollout, snapshot, done)
     if rollout.state is State.AWAITING_GATE:
-        return _gate_timeout(rollout, snapshot)
+        return _gate_refused(rollout, snapshot) or _gate_timeout(rollout, snapshot)
     step = rollout.current_step
     if rollout.state is State.SHADOWING or step is None:
         return NOTHING
@@ -317,6 +318,15 @@ def _shadow_done(rollout: Rollout, snapshot: Snapshot) -> str:
     return ""
 
 
+def _gate_refused(rollout: Rollout, snapshot: Snapshot) -> Finding | None:
+    """A gate that says no has been asked for its judgement: one answer is enough."""
+    answer = snapshot.providers.get(gate_key(rollout.step))
+    if answer is None or answer.outcome != "fail":
+        return None
+    about = f": {answer.message}" if answer.message else ""
+    return Finding(Event.FAIL, f"the gate of step {rollout.step + 1} refused{about}")
+
+
 def _gate_timeout(rollout: Rollout, snapshot: Snapshot) -> Finding:
     step = rollout.current_step
     gate = step.gate if step is not None and step.gate is not None else Gate()
@@ -351,14 +361,15 @@ def _asked(
 ) -> Finding:
     """`then`, once every webhook of this event has said yes."""
     for webhook, hook in zip(_webhooks(rollout, event), _hooks(rollout, event), strict=True):
+        where = f"the {event} webhook at {place(webhook.url)}"
         answer = snapshot.providers.get(hook.key)
         if answer is not None and answer.fails >= webhook.failures:
             return Finding(
                 Event.FAIL,
-                f"the {event} webhook at {webhook.url} refused {answer.fails} times in a row",
+                f"{where} refused {answer.fails} times in a row",
             )
         if answer is None or answer.outcome != "ok":
-            return Finding(reason=f"waiting for the {event} webhook at {webhook.url}")
+            return Finding(reason=f"waiting for {where}")
     return Finding(then, reason)
 
 

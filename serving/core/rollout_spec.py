@@ -26,11 +26,16 @@ TriggerKind = Literal[
 TriggerAction = Literal["rollback", "pause"]
 TimeoutAction = Literal["pause", "rollback", "proceed"]
 CompareKind = Literal["argmax", "tolerance", "exact", "metric", "none"]
+MetricName = Literal["max_abs", "max_rel", "cosine", "mse"]
 GateType = Literal["manual", "webhook"]
 WebhookEvent = Literal["pre-rollout", "pre-step", "post-rollout", "event"]
 AssignedArm = Literal["canary", "stable"]
 
 TRIGGER_KINDS: Final[tuple[TriggerKind, ...]] = get_args(TriggerKind)
+METRIC_NAMES: Final[tuple[MetricName, ...]] = get_args(MetricName)
+"""The built-in measures of how far one output is from another."""
+FLOOR_S: Final = 0.0005
+"""What a latency trigger takes for noise of the machine, where its plan does not say."""
 PROVIDER_KINDS: Final = frozenset({"promql", "webhook"})
 """Triggers that ask somebody else, who may not answer."""
 PLAN_NAMES: Final = ("canary", "blue-green", "shadow-only", "fast")
@@ -58,8 +63,8 @@ class Compare:
     """How a shadow's answer is compared with the one that the client got.
 
     `output` is the tensor compared (None: the first). `rtol` and `atol` are for "tolerance";
-    `metric` is "module:function" for "metric", a pair disagrees when it returns more than
-    `threshold`. "none" copies the traffic and compares nothing.
+    `metric` is one of `METRIC_NAMES` or "module:function" for "metric", a pair disagrees when it is
+    more than `threshold`. "none" copies the traffic and compares nothing.
     """
 
     kind: CompareKind = "argmax"
@@ -135,6 +140,8 @@ class Trigger:
     `weight` is its share of α; 0 for hard triggers, which count instead of betting. Per kind:
 
     - errors, latency, drift, labels: `r0` and `delta`, tolerated is p_canary ≤ r0·p_stable + delta;
+    - latency: an answer is slow only if it takes `floor_s` longer than stable's usual ones. A
+      process that gets two requests a second answers later than one that is always awake;
     - disagreement: tolerated is a share `q0` of pairs;
     - crash_loop: `failures` restarts within `window_s`;
     - breaker: `failures` openings of a gateway's local breaker;
@@ -155,6 +162,7 @@ class Trigger:
     r0: float = 1.0
     delta: float = 0.0
     q0: float = 0.02
+    floor_s: float = FLOOR_S
     query: str = ""
     url: str = ""
     operator: Literal[">", ">=", "<", "<="] = ">"
@@ -169,7 +177,13 @@ class Trigger:
 
 KIND_DEFAULTS: Final[Mapping[TriggerKind, Mapping[str, Any]]] = {
     "errors": {"weight": 0.30, "action": "rollback", "r0": 1.5, "delta": 0.001},
-    "latency": {"weight": 0.25, "action": "rollback", "r0": 1.0, "delta": 0.01},
+    "latency": {
+        "weight": 0.25,
+        "action": "rollback",
+        "r0": 1.0,
+        "delta": 0.01,
+        "floor_s": FLOOR_S,
+    },
     "disagreement": {"weight": 0.20, "action": "rollback", "q0": 0.02},
     "drift": {"weight": 0.05, "action": "pause", "r0": 1.25, "delta": 0.02},
     "labels": {"weight": 0.05, "action": "rollback", "r0": 1.0, "delta": 0.01},
@@ -247,7 +261,8 @@ class RolloutSpec:
 
     `shield`: stable answers what the canary fails. `breaker_failures`: consecutive hard failures
     after which a gateway stops sending to the canary on its own. `ready_timeout_s`: how long the
-    canary may take to become ready, or be without a ready replica.
+    canary may take to become ready, or be without a ready replica, and a rollback to come to its
+    end; by default the model's own.
     """
 
     plan: str = "canary"

@@ -91,8 +91,9 @@ class Epoch:
     """A period with one weight (0..1), one step, one frozen baseline.
 
     `step` is -1 before the first step and the number of steps after the last. `latency_bounds` are
-    (tail, body) as indices into `rollout_counts.LATENCY_BOUNDS`; None: not frozen yet, so latency
-    is not judged. `drift_bins` are the predictions that drift is judged on; None: likewise.
+    (tail, body, bake's) as indices into `rollout_counts.LATENCY_BOUNDS`; None: not frozen yet, so
+    latency is not judged. `drift_bins` are the predictions that drift is judged on; None: likewise.
+    `part` is which part of the bake it is, from 0.
     """
 
     epoch: int
@@ -100,6 +101,7 @@ class Epoch:
     weight: float
     latency_bounds: tuple[int, ...] | None = None
     drift_bins: tuple[str, ...] | None = None
+    part: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -109,6 +111,7 @@ class Epoch:
             "weight": self.weight,
             "latency_bounds": None if self.latency_bounds is None else list(self.latency_bounds),
             "drift_bins": None if self.drift_bins is None else list(self.drift_bins),
+            "part": self.part,
         }
 
     @classmethod
@@ -121,6 +124,7 @@ class Epoch:
             weight=raw["weight"],
             latency_bounds=None if bounds is None else tuple(bounds),
             drift_bins=None if bins is None else tuple(bins),
+            part=raw["part"],
         )
 
 

@@ -28,7 +28,11 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One version that may answer, with its limits. Durations are seconds."""
+    """One version that may answer, with its limits. Durations are seconds.
+
+    `usd_per_hour` is the configured price of a replica, `prices` those by replica where it has
+    none.
+    """
 
     model: str
     version: str
@@ -46,6 +50,11 @@ class Arm:
     timeout_s: float = 30.0
     usd_per_hour: float | None = None
     replicas: int = 1
+    prices: Mapping[str, float] = field(default_factory=dict)
+
+    def price(self, replica: str) -> float | None:
+        """What a replica costs, in USD an hour; None if its price is not known."""
+        return self.prices.get(replica) if self.usd_per_hour is None else self.usd_per_hour
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +151,7 @@ def _arm_to_dict(arm: Arm) -> dict[str, Any]:
     raw = {name: getattr(arm, name) for name in Arm.__dataclass_fields__}
     raw["signature"] = arm.signature.to_dict()
     raw["buckets"] = list(arm.buckets)
+    raw["prices"] = dict(arm.prices)
     raw["endpoints"] = [
         {n: getattr(e, n) for n in Endpoint.__dataclass_fields__} for e in arm.endpoints
     ]

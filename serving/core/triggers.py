@@ -8,11 +8,15 @@ reaches 1/(weight·α): looked at after every tick, in any order, all of them to
 version with a chance of at most α. They pass, for steps that require it, when the e-value of the
 opposite claim reaches 1/β, and hold while neither is so. The other kinds are hard: what they count
 does not happen to a healthy version, or somebody else decides it.
+
+In the bake there is no stable beside the canary. Errors and latency are then held against what
+stable did before, with a wide tolerance: `serving.core.one_arm`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from serving.core.evidence import (
@@ -21,6 +25,8 @@ from serving.core.evidence import (
     log_e_bounded_pass,
 )
 from serving.core.hard_triggers import breaker, crash_loop, provider, slo_burn
+from serving.core.one_arm import BASELINE, Event, Tolerance, Watch, parts, spent
+from serving.core.rollout_baseline import MIN_ANSWERS, stable_so_far
 from serving.core.rollout_counts import (
     LATENCY_BOUNDS,
     NOTHING,
@@ -38,6 +44,8 @@ BODY: Final = Null(r0=1.5, delta=0.05)
 # What is bet on shares of pairs: small ones; to pass, smaller still.
 DISAGREEING: Final = (0.5, 5.0)
 _AGREEING: Final = (0.5, 50.0)
+MARGINS: Final[Mapping[TriggerKind, float]] = {"errors": 0.01, "latency": 0.05}
+"""How much more than stable's share of requests may fail, or be slow, in the bake."""
 
 Judge = Callable[[Trigger, Rollout, Snapshot], Verdict]
 
@@ -52,7 +60,8 @@ def _errors(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     both = Comparison(rollout.epochs, snapshot.counts, _failures, assigned=True)
     facts = f"canary failed {out_of(both.canary, 'requests')}, stable {out_of(both.stable)}"
     found = _weigh([(both, _null(trigger))], rollout, "requests", facts)
-    return judge(trigger, rollout.spec.analysis, found)
+    watch = _watch(trigger, rollout, snapshot, _failed)
+    return judge(trigger, rollout.spec.analysis, _with_bake(found, watch))
 
 
 def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
@@ -64,14 +73,18 @@ def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     ]
     frozen = [e.latency_bounds for e in rollout.epochs if e.latency_bounds]
     if not frozen:
-        return hold(trigger, "waits for enough answers of stable to judge by")
+        n = min(stable_so_far(snapshot.counts).latency.total, MIN_ANSWERS)
+        return hold(trigger, f"waits for {MIN_ANSWERS} answers of stable to judge by, {n} so far")
+    *compared, alone = frozen[-1]
     facts = "; ".join(
         f"longer than {milliseconds(LATENCY_BOUNDS[bound])} took "
         f"{out_of(both.canary, 'canary answers')} and {out_of(both.stable, 'of stable')}"
-        for (both, _), bound in zip(bets, frozen[-1], strict=True)
+        for (both, _), bound in zip(bets, compared, strict=True)
     )
     found = _weigh(bets, rollout, "answers", facts)
-    return judge(trigger, rollout.spec.analysis, found)
+    watch = _watch(trigger, rollout, snapshot, lambda row: row.slow(alone))
+    beyond = f"longer than {milliseconds(LATENCY_BOUNDS[alone])} took "
+    return judge(trigger, rollout.spec.analysis, _with_bake(found, watch, beyond))
 
 
 def _labels(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
@@ -180,6 +193,51 @@ def _weigh(
     )
 
 
+def tolerance(trigger: Trigger, alpha: float) -> Tolerance:
+    """What a trigger of a kind in `MARGINS` tolerates in the bake."""
+    # Of a trigger without a share nothing fails, but it is recorded.
+    risk = BASELINE * (trigger.weight or 1.0) * alpha
+    return Tolerance(_null(trigger), MARGINS[trigger.kind], risk)
+
+
+def _watch(trigger: Trigger, rollout: Rollout, snapshot: Snapshot, event: Event) -> Watch:
+    """What the canary did alone, held against what stable did before."""
+    spec = rollout.spec
+    return Watch(
+        rollout.epochs,
+        snapshot.counts,
+        event,
+        tolerance(trigger, spec.analysis.alpha),
+        last=len(spec.steps),
+        planned=parts(spec.bake.duration_s),
+    )
+
+
+def _with_bake(found: Finding, watch: Watch, events: str = "failed ") -> Finding:
+    """The comparison's finding, with the bake's as its smaller part."""
+    replica, compared = found.alone or ("", found.log_e)
+    whole = spent(compared, watch.log_e)
+    least = watch.log_e
+    if without := watch.without:
+        worst = min(without, key=without.__getitem__)
+        if without[worst] < least:
+            replica, least = worst, without[worst]
+    log_e = spent(found.log_e, least)
+    n, k = watch.canary
+    facts = found.facts
+    if n:
+        allowed = percent(watch.tolerated) if watch.tolerated < 1 else "anything, stable did little"
+        facts += f"; in the bake {events}{out_of((n, k))}, tolerated: {allowed}"
+    return replace(
+        found,
+        log_e=log_e,
+        canary=(found.canary[0] + n, found.canary[1] + k),
+        clusters=found.clusters + watch.clusters,
+        facts=facts,
+        alone=(replica, whole) if log_e < whole else None,
+    )
+
+
 def _planned(rollout: Rollout) -> int:
     """Steps with both arms open: at each a canary may turn bad."""
     return sum(0 < step.weight < 100 for step in rollout.spec.steps)
@@ -190,6 +248,10 @@ def _null(trigger: Trigger) -> Null:
 
 
 def _failures(_: Epoch, row: ArmCountsRow) -> Tally:
+    return _failed(row)
+
+
+def _failed(row: ArmCountsRow) -> Tally:
     return row.failures
 
 

@@ -64,9 +64,9 @@ class Comparison:
         self._epochs = epochs
         self._assigned = assigned
         found = [counts.get(e.epoch, EpochCounts()) for e in epochs]
-        self._canary = _tables(epochs, [f.canary for f in found], count)
-        self._stable = _total(_tables(epochs, [f.stable for f in found], count), len(epochs))
-        self._whole = _total(self._canary, len(epochs))
+        self._canary = tables(epochs, [f.canary for f in found], count)
+        self._stable = total(tables(epochs, [f.stable for f in found], count), len(epochs))
+        self._whole = total(self._canary, len(epochs))
         self._in_stable = design_effect(self._stable)
 
     @property
@@ -102,9 +102,7 @@ class Comparison:
     def witnesses(self) -> tuple[str, ...]:
         """The canary's replicas that each have seen enough to speak; none if there is only one."""
         units = {name: table[self._open, 0].sum() for name, table in self._canary.items()}
-        fair = sum(units.values()) / max(len(units), 1)
-        names = tuple(name for name, n in units.items() if n > 0 and n >= WITNESS * fair)
-        return names if len(names) > 1 else ()
+        return witnesses(units)
 
     @property
     def _open(self) -> NDArray[np.bool_]:
@@ -144,14 +142,21 @@ class Comparison:
         ]
 
 
+def witnesses(units: Mapping[str, float]) -> tuple[str, ...]:
+    """Of replicas with so many units each, those that have seen enough; none if it is only one."""
+    fair = sum(units.values()) / max(len(units), 1)
+    names = tuple(name for name, n in units.items() if n > 0 and n >= WITNESS * fair)
+    return names if len(names) > 1 else ()
+
+
 def _effective(row: NDArray[np.float64], effect: float) -> ArmCounts:
     return ArmCounts(n=float(row[0]) / effect, k=float(row[1]) / effect)
 
 
-def _tables(
+def tables(
     epochs: Sequence[Epoch], rows: Sequence[Mapping[str, ArmCountsRow]], count: Count
 ) -> dict[str, _Table]:
-    """By replica, its tallies in every epoch."""
+    """By replica, its tallies in every epoch: (epochs, 4)."""
     return {
         name: np.array(
             [
@@ -164,8 +169,9 @@ def _tables(
     }
 
 
-def _total(tables: Mapping[str, _Table], epochs: int) -> _Table:
-    return sum(tables.values(), np.zeros((epochs, 4)))
+def total(replicas: Mapping[str, _Table], epochs: int) -> _Table:
+    """The tallies of all replicas together: (epochs, 4)."""
+    return sum(replicas.values(), np.zeros((epochs, 4)))
 
 
 def _args(null: Null) -> tuple[float, float]:

@@ -1,31 +1,51 @@
-"""What a replica answered to a batch, ready to be handed out request by request."""
+"""What a replica answered to a batch, and how it is handed out, request by request."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from serving.core.batching import SHADOW_LEVEL
+from serving.core.cost import direct_cost, format_usd
 from serving.core.frames import TensorEntry
 from serving.core.inference import EncodedResponse, InferRequest, OutputTensor
 from serving.core.protocol import InferCodec
+from serving.core.routing import Arm
 from serving.core.types import Batch, Signature
+from serving.errors import ServingError
 from serving.gateway.split import split_outputs
+from serving.gateway.trials import together
+from serving.gateway.usage import DEFAULT_TENANT, DIRECT, FAILED, NOBODY, SHADOW
+
+if TYPE_CHECKING:
+    from serving.gateway.infer import Call
+    from serving.gateway.recorder import ArmRecorder
+    from serving.gateway.trials import Trial
+    from serving.gateway.usage import UsageMeter
+
+log = logging.getLogger(__name__)
 
 
 class BatchAnswer:
     """The outputs of one batch, and the times of its run. Valid while its tensors are.
 
     `queue` and `compute` are the replica's times in seconds, `rows` the batch's, `run_rows` those
-    of the run, which may have held other gateways' batches too.
+    of the run, which may have held other gateways' batches too. `busy_ns` is the part of the run
+    that was for these rows, in nanoseconds, as the replica counts it.
     """
 
     __slots__ = (
         "_bodies",
         "_codec",
+        "_cost",
+        "_cost_rows",
         "_entries",
         "_parts",
         "_requests",
         "_signature",
         "_tensors",
+        "busy_ns",
         "compute",
         "queue",
         "rows",
@@ -44,6 +64,8 @@ class BatchAnswer:
         """`head` is RESULT's. Raises `ModelFailed` where the rows do not add up."""
         _, self.rows, self.run_rows, queue_us, compute_us = head
         self.queue, self.compute = queue_us * 1e-6, compute_us * 1e-6
+        self.busy_ns = compute_us * 1000 * self.rows // self.run_rows if self.run_rows else 0
+        self._cost, self._cost_rows = b"", 0
         self._codec = codec
         self._signature = signature
         self._requests, self._entries, self._tensors = requests, entries, tensors
@@ -61,6 +83,14 @@ class BatchAnswer:
         return split_outputs(
             signature.outputs, batched, counts, self.rows, self._entries, self._tensors
         )
+
+    def cost(self, usd_per_hour: float, rows: int) -> bytes:
+        """What `rows` of this batch cost on a replica of that price, in USD as decimal text."""
+        if rows != self._cost_rows:
+            # Most requests have as many rows as the one before.
+            nano = direct_cost(usd_per_hour, self.compute, rows, self.run_rows)
+            self._cost, self._cost_rows = format_usd(nano).encode(), rows
+        return self._cost
 
     def response(self, position: int, request: InferRequest) -> EncodedResponse:
         """The response to the batch's request at `position`.
@@ -81,3 +111,67 @@ class BatchAnswer:
     def output(self, index: int) -> tuple[tuple[int, ...], memoryview]:
         """An output of the signature for the whole batch: shape and raw form."""
         return self._entries[index].shape, self._tensors[index]
+
+
+def hand_out(
+    batch: list[Call], answer: BatchAnswer, arm: Arm, recorder: ArmRecorder, replica: str
+) -> None:
+    """Give every caller that still waits its part of what `replica` answered."""
+    trials: list[Trial] = []
+    # Calls that this answer comes too late for, or is of no use to.
+    wasted: list[Call] = []
+    for position, call in enumerate(batch):
+        if call.done:
+            wasted.append(call)
+            continue
+        call.done = True
+        try:
+            finished = call.sink.answered(call, answer, position)
+        except ServingError as error:
+            wasted.append(call)
+            _undelivered(batch, call, error)
+        except Exception:
+            wasted.append(call)
+            # One answer that cannot be written must not cost its batch-mates theirs.
+            log.exception("an answer of model %s could not be delivered", arm.model)
+            failure = ServingError("internal error while the answer was written")
+            _undelivered(batch, call, failure)
+        else:
+            total = finished - call.arrival
+            if not call.unseen:
+                queue = call.sent - call.arrival + answer.queue
+                recorder.answered(total, queue, answer.compute)
+            else:
+                wasted.append(call)
+            if (trial := call.trial) is not None:
+                if not trial.pending:
+                    trials.append(trial)
+                trial.pending.append(total)
+                if trial.observer is not None:
+                    trial.answered.append(position)
+    _count_usage(recorder.usage, replica, batch, answer, wasted)
+    for trial in trials:
+        trial.batch_answered(replica, batch, answer)
+
+
+def _count_usage(
+    usage: UsageMeter, replica: str, batch: list[Call], answer: BatchAnswer, wasted: list[Call]
+) -> None:
+    """Charge the batch's part of the run to those whom it was for."""
+    ns, requests = answer.busy_ns, len(batch)
+    if batch[0].level == SHADOW_LEVEL:
+        usage.add(replica, NOBODY, SHADOW, ns, requests)
+        return
+    if wasted:
+        lost = ns * sum(call.rows for call in wasted) // answer.rows
+        usage.add(replica, DEFAULT_TENANT, FAILED, lost, len(wasted))
+        ns, requests = ns - lost, requests - len(wasted)
+    if requests:
+        usage.add(replica, DEFAULT_TENANT, DIRECT, ns, requests)
+
+
+def _undelivered(batch: list[Call], call: Call, error: ServingError) -> None:
+    """Fail a request whose answer cannot be handed out."""
+    together(batch)
+    call.done = False
+    call.fail(error)

@@ -4,40 +4,31 @@ A batch leaves when a replica has a free connection, so an idle system adds no d
 fills batches. Everything that arrived in one turn of the loop travels together, because dispatch is
 scheduled at the end of the turn.
 
-When a replica is lost, any request that it had may be what killed it. These suspects are sent again
-in a few groups (`core.batching.suspect_groups`), one group at a time, to a replica that has nothing
-else meanwhile; the other replicas serve on. A request that kills every replica it meets costs three
-replicas at most, two where at most 8 requests were lost with it, and is then answered 503.
+After the loss of a replica what it had is sent again as `suspects` does it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Final
 
-from serving.core.batching import SHADOW_LEVEL, RequestQueue, ServiceModel, suspect_groups
+from serving.core.batching import SHADOW_LEVEL, RequestQueue, ServiceModel
 from serving.core.frames import TensorEntry
 from serving.core.inference import Limits, row_limit
 from serving.core.protocol import InferCodec
 from serving.core.routing import Arm, Endpoint
 from serving.core.types import Batch
-from serving.errors import DeadlineExceeded, ModelFailed, ServingError, Unavailable
-from serving.gateway.answers import BatchAnswer
+from serving.errors import DeadlineExceeded, ModelFailed, ServingError
+from serving.gateway.answers import BatchAnswer, hand_out
 from serving.gateway.infer import TICK_S, Call, error_of, in_time, monotonic
 from serving.gateway.layouts import Buffer, OutgoingLayouts
 from serving.gateway.link_set import Link, LinkSet
 from serving.gateway.recorder import ArmRecorder
-from serving.gateway.room import Room
-from serving.gateway.trials import Trial, blame, together
-
-log = logging.getLogger(__name__)
-
-# A request that is alone at a replica that is lost, and not for the first time, is not sent again.
-MAX_LOSSES_ALONE: Final = 2
+from serving.gateway.room import Room, no_replica
+from serving.gateway.suspects import Suspects
+from serving.gateway.trials import blame, together
 
 
 class ArmBatcher:
@@ -56,15 +47,13 @@ class ArmBatcher:
         self._service = ServiceModel()
         self._links = LinkSet()
         self._room = Room(self._queue, self._service, self._links)
+        self._suspects = Suspects(self._queue, self._links)
         self._scheduled = False
         self._delay: asyncio.TimerHandle | None = None
         self._hold: asyncio.TimerHandle | None = None
         self._retired = False
         # Whether this version has left for good.
         self.closed = False
-        # The replica that takes no other batch until it has taken the next suspects.
-        self._reserved: Link | None = None
-        self._others_turn = False
         self._batched = arm.signature.batch is not Batch.NONE
         self._layouts = OutgoingLayouts(arm.signature)
         self.configure(arm)
@@ -154,14 +143,8 @@ class ArmBatcher:
 
     def _check_room(self, call: Call) -> None:
         if self._down_since is not None and self._hold is None:
-            raise self._unavailable()
+            raise no_replica(self.arm)
         self._room.check(call, self.arm, self._max_rows)
-
-    def _unavailable(self) -> Unavailable:
-        return Unavailable(
-            f"model {self.arm.model!r} version {self.arm.version}: no replica is ready",
-            retry_after_s=2.0,
-        )
 
     def forget(self, call: Call) -> None:
         """Take a call that is done out of the queue, if it waits there."""
@@ -182,39 +165,20 @@ class ArmBatcher:
         self._close_if_settled()
 
     def _dispatch(self) -> None:
-        if self._queue.suspect_rows or self._reserved is not None:
-            self._send_suspects()
+        if self._queue.suspect_rows or self._links.reserved is not None:
+            self._suspects.dispatch(self._take_suspects, self._send, self._send_batches)
         self._send_batches()
 
     def _send_batches(self) -> None:
         queue = self._queue
         while queue.rows != queue.suspect_rows:
-            link = self._links.free(self._reserved)
+            link = self._links.free()
             if link is None or (self.arm.max_delay_s and not self._due()):
                 break
             self._send(link, queue.take(self._max_rows, self._max_items))
 
-    def _send_suspects(self) -> None:
-        """Send the next group of suspects, or reserve a replica for it.
-
-        Never more than one replica at a time is kept from the others. Where there is no other
-        replica they take turns, so that neither starves.
-        """
-        queue = self._queue
-        reserved, self._reserved = self._reserved, None
-        links = self._links.up()
-        if not queue.suspect_rows or not links or any(link.exclusive for link in links):
-            return
-        if len(links) == 1 and self._others_turn:
-            self._others_turn = False
-            self._send_batches()
-        if reserved not in links:
-            reserved = min(links, key=lambda link: link.in_flight)
-        while queue.suspect_rows and not reserved.in_flight:
-            self._others_turn = True
-            self._send(reserved, queue.take_suspects(self._max_rows, self._max_items))
-        if queue.suspect_rows and not reserved.exclusive:
-            self._reserved = reserved
+    def _take_suspects(self) -> list[Call]:
+        return self._queue.take_suspects(self._max_rows, self._max_items)
 
     def _due(self) -> bool:
         """Whether a batch may leave under `max_delay`; if not, wake up when it may."""
@@ -313,7 +277,7 @@ class ArmBatcher:
         count = sum(map(len, lost))
         for batch in lost:
             together(batch)
-            self._send_again(batch, count)
+            self._suspects.add(batch, count, self.arm)
         self._let_go()
         self._check_ready()
         if not self.ready:
@@ -321,34 +285,6 @@ class ArmBatcher:
             for call in list(self._queue):
                 call.hand_over()
         self._pump()
-
-    def _send_again(self, batch: list[Call], lost: int) -> None:
-        """Queue the requests of a lost batch as suspects, unless one has proved to be guilty.
-
-        `lost` requests, this batch's and others, were at the replica.
-        """
-        alive = [call for call in batch if not call.done]
-        if alive and alive[0].level == SHADOW_LEVEL:
-            # A copy may kill one replica, but not the next.
-            for call in alive:
-                call.fail(self._unavailable())
-            return
-        for call in alive:
-            call.losses += 1
-            call.sent = 0.0
-            call.suspect = True
-        if lost == 1 and alive and alive[0].losses >= MAX_LOSSES_ALONE:
-            alive[0].fail(
-                Unavailable(
-                    f"model {self.arm.model!r} version {self.arm.version}: the replica was "
-                    f"lost during the run, {alive[0].losses} times in a row",
-                    retry_after_s=1.0,
-                )
-            )
-            return
-        again = any(call.losses > 1 for call in alive)
-        for group in suspect_groups(alive, lost, again=again):
-            self._queue.push_suspects(group)
 
     def _check_ready(self) -> None:
         """Note since when there is no replica, or that there is one."""
@@ -377,7 +313,7 @@ class ArmBatcher:
         self.blame(waiting)
         for call in waiting:
             self._queue.forget(call)
-            call.fail(self._unavailable())
+            call.fail(no_replica(self.arm))
         self._close_if_settled()
 
     def blame(self, late: list[Call]) -> None:
@@ -410,40 +346,8 @@ class ArmBatcher:
         except ModelFailed as error:
             self.batch_failed(link, batch, ModelFailed.slug, str(error))
             return
-        trials: list[Trial] = []
-        for position, call in enumerate(batch):
-            if call.done:
-                continue
-            call.done = True
-            try:
-                finished = call.sink.answered(call, answer, position)
-            except ServingError as error:
-                self._undelivered(batch, call, error)
-            except Exception:
-                # One answer that cannot be written must not cost its batch-mates theirs.
-                log.exception("an answer of model %s could not be delivered", self.arm.model)
-                failure = ServingError("internal error while the answer was written")
-                self._undelivered(batch, call, failure)
-            else:
-                total = finished - call.arrival
-                if not call.unseen:
-                    queue = call.sent - call.arrival + answer.queue
-                    self.recorder.answered(total, queue, answer.compute)
-                if (trial := call.trial) is not None:
-                    if not trial.pending:
-                        trials.append(trial)
-                    trial.pending.append(total)
-                    if trial.observer is not None:
-                        trial.answered.append(position)
-        for trial in trials:
-            trial.batch_answered(link.endpoint.replica, batch, answer)
+        hand_out(batch, answer, self.arm, self.recorder, link.endpoint.replica)
         self._close_if_settled()
-
-    def _undelivered(self, batch: list[Call], call: Call, error: ServingError) -> None:
-        """Fail a request whose answer cannot be handed out."""
-        together(batch)
-        call.done = False
-        call.fail(error)
 
     def batch_failed(self, link: Link, batch: list[Call], slug: str, message: str) -> None:
         """Tell the caller; of several, run each again alone, so that only the guilty one fails."""

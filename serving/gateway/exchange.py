@@ -5,16 +5,22 @@ from __future__ import annotations
 import http
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from serving.core.cost import direct_cost, format_usd
 from serving.core.protocol import encode_error, parse_json_length
 from serving.errors import InvalidRequest, PayloadTooLarge, ServingError
 from serving.gateway import encoding
-from serving.gateway.infer import MAX_TIMEOUT_S, Call, monotonic
+from serving.gateway.headers import (
+    BAD_REQUEST_ID,
+    NO_HEADERS,
+    RequestHeaders,
+    is_request_id,
+    parse_timeout,
+)
+from serving.gateway.infer import Call, monotonic
 from serving.gateway.targets import model_and_version
 
 if TYPE_CHECKING:
@@ -24,26 +30,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STATUS: Final = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in http.HTTPStatus}
-_MAX_ID: Final = 128
-_READ_HEADERS: Final = frozenset(
-    {
-        b"content-length",
-        b"inference-header-content-length",
-        b"x-request-id",
-        b"accept-encoding",
-        b"content-encoding",
-        b"x-request-timeout-ms",
-        b"expect",
-    }
-)
 _JSON: Final = b"application/json"
 _BINARY: Final = b"application/octet-stream\r\ninference-header-content-length: %d"
 # Replies below this are joined into one buffer; a large one is written without a copy.
 _JOIN_BYTES: Final = 1 << 16
 # Smaller bodies are not counted one by one: connections are.
 SMALL_BODY: Final = 1 << 16
-
-_NO_HEADERS: Final[Mapping[bytes, bytes]] = {}
 
 _Buffer = bytes | bytearray | memoryview
 _Work = Callable[[], _Buffer]
@@ -58,76 +50,43 @@ class Exchange:
     """
 
     __slots__ = (
-        "_accept_encoding",
         "_arrival",
-        "_content_encoding",
         "_error",
         "_held",
-        "_json_length",
         "_reply_id",
-        "_routing_headers",
-        "_timeout",
         "body",
         "call",
         "connection",
-        "content_length",
         "disconnected",
-        "expect_continue",
         "given_id",
+        "headers",
         "keep_alive",
         "path",
         "received",
         "response_complete",
     )
 
-    def __init__(self, connection: HttpConnection, path: bytes, keep_alive: bool) -> None:
+    def __init__(
+        self,
+        connection: HttpConnection,
+        path: bytes,
+        keep_alive: bool,
+        headers: RequestHeaders = NO_HEADERS,
+    ) -> None:
         self.response_complete = False
         self.disconnected = False
         self.keep_alive = keep_alive
         self.connection = connection
         self.path = path
+        self.headers = headers
+        self.given_id = headers.given_id
         self.body: _Buffer = b""
         self.received = False
-        self.content_length = 0
-        self.expect_continue = False
         self.call: Call | None = None
-        self._content_encoding = b""
-        self._accept_encoding = b""
-        self._json_length: bytes | None = None
-        self.given_id: bytes | None = None
         self._reply_id = b""
-        self._timeout: bytes | None = None
         self._error: Exception | None = None
         self._arrival = 0.0
         self._held = 0
-        # Those that the route table asks for.
-        self._routing_headers: Mapping[bytes, bytes] = _NO_HEADERS
-
-    def read_headers(self, headers: Sequence[tuple[bytes, bytes]], modern: bool) -> None:
-        """Note the headers that matter; names are lower-case. What is wrong is refused in `run`.
-
-        `modern` is HTTP/1.1; before it there is no `Expect`.
-        """
-        asked = self.connection.front.routes.headers
-        if asked:
-            self._routing_headers = {name: value for name, value in headers if name in asked}
-        for name, value in headers:
-            if name not in _READ_HEADERS:
-                continue
-            if name == b"content-length":
-                self.content_length = int(value)  # the parser has checked it
-            elif name == b"inference-header-content-length":
-                self._json_length = value
-            elif name == b"x-request-id":
-                self.given_id = value
-            elif name == b"accept-encoding":
-                self._accept_encoding = value
-            elif name == b"content-encoding":
-                self._content_encoding = value
-            elif name == b"x-request-timeout-ms":
-                self._timeout = value
-            elif name == b"expect" and value.lower() == b"100-continue":
-                self.expect_continue = modern
 
     @property
     def repeatable(self) -> bool:
@@ -136,21 +95,8 @@ class Exchange:
             self.keep_alive
             and self._error is None
             and self.given_id is None
-            and not self.expect_continue
+            and not self.headers.expect_continue
         )
-
-    def repeat(self, connection: HttpConnection, body: bytes) -> Exchange:
-        """A request with this one's head, and `body`, all of it."""
-        again = Exchange(connection, self.path, self.keep_alive)
-        again.content_length = self.content_length
-        again._content_encoding = self._content_encoding
-        again._accept_encoding = self._accept_encoding
-        again._json_length = self._json_length
-        again._timeout = self._timeout
-        again._routing_headers = self._routing_headers
-        again.body = body
-        again.received = True
-        return again
 
     def add(self, piece: bytes) -> None:
         """Append to the body. Pieces may be tiny: they are not kept as objects of their own."""
@@ -167,7 +113,7 @@ class Exchange:
         """Make the body as large as announced; returns the part of it that is still to come."""
         start = self.body
         # Zeros, which a bytearray would begin with, cost as much as a copy.
-        room = memoryview(np.empty(self.content_length, np.uint8))  # type: ignore[arg-type]
+        room = memoryview(np.empty(self.headers.content_length, np.uint8))  # type: ignore[arg-type]
         room[: len(start)] = start
         self.body = room
         return room[len(start) :]
@@ -211,10 +157,11 @@ class Exchange:
             self._refuse(self._error)
             return
         body, self.body = self.body, b""
-        if not self._content_encoding:
+        coding = self.headers.content_encoding
+        if not coding:
             self._submit(body)
             return
-        name = self._content_encoding.decode("latin-1")
+        name = coding.decode("latin-1")
         limit = self.connection.front.limits.max_body_bytes
 
         def inflate() -> _Buffer:
@@ -238,12 +185,11 @@ class Exchange:
             arm = front.routes.infer_paths.get(self.path)
             if arm is None:
                 arm = front.routes.target(*model_and_version(self.path))
-            json_length = parse_json_length(self._json_length)
-            timeout = None if self._timeout is None else _parse_timeout(self._timeout)
-            if self.given_id is not None and not _is_request_id(self.given_id):
-                raise InvalidRequest(
-                    f"header x-request-id must be 1 to {_MAX_ID} printable ASCII characters"
-                )
+            headers = self.headers
+            json_length = parse_json_length(headers.json_length)
+            timeout = None if headers.timeout is None else parse_timeout(headers.timeout)
+            if self.given_id is not None and not is_request_id(self.given_id):
+                raise InvalidRequest(BAD_REQUEST_ID)
             request = arm.codec.decode(body, json_length)
         except Exception as error:
             self._refuse(error)
@@ -269,11 +215,8 @@ class Exchange:
         """Write the reply."""
         batcher = call.arm
         response = answer.response(position, call.request)
-        price = batcher.arm.usd_per_hour
-        cost = b"unpriced"
-        if price is not None:
-            nano = direct_cost(price, answer.compute, call.rows, answer.run_rows)
-            cost = format_usd(nano).encode()
+        price = batcher.arm.price(call.replica)
+        cost = b"unpriced" if price is None else answer.cost(price, call.rows)
         now = monotonic()
         compute = answer.compute
         queue = call.sent - call.arrival + answer.queue
@@ -296,7 +239,7 @@ class Exchange:
             size = len(body)
         else:
             parts, size = body, response.nbytes
-        if self._accept_encoding and size >= encoding.MIN_COMPRESSED_BYTES:
+        if self.headers.accept_encoding and size >= encoding.MIN_COMPRESSED_BYTES:
             self._write_compressed(head, parts, size)
         else:
             self._write(200, head, parts, size)
@@ -314,13 +257,13 @@ class Exchange:
         """A header that the route table asks for."""
         if name == b"x-request-id":
             return self.given_id
-        return self._routing_headers.get(name)
+        return self.headers.routing.get(name)
 
     def reply_id(self) -> bytes:
         """The client's request id, or one of our own."""
         if not self._reply_id:
             given = self.given_id
-            if given is None or not _is_request_id(given):
+            if given is None or not is_request_id(given):
                 given = self.connection.front.next_request_id()
             self._reply_id = given
         return self._reply_id
@@ -338,7 +281,7 @@ class Exchange:
     # Replies.
 
     def _write_compressed(self, head: bytes, parts: Sequence[_Buffer], size: int) -> None:
-        chosen = encoding.choose(self._accept_encoding)
+        chosen = encoding.choose(self.headers.accept_encoding)
         if not chosen:
             self._write(200, head, parts, size)
             return
@@ -401,20 +344,3 @@ class Exchange:
             refuse(error)
         else:
             then(data)
-
-
-def _parse_timeout(value: bytes) -> float:
-    try:
-        milliseconds = float(value)
-    except ValueError:
-        milliseconds = math.nan
-    if not 0 < milliseconds <= MAX_TIMEOUT_S * 1e3:
-        raise InvalidRequest(
-            f"header x-request-timeout-ms is {value[:40].decode('latin-1')!r}; "
-            f"expected milliseconds, more than 0 and at most {MAX_TIMEOUT_S * 1e3:.0f}"
-        )
-    return milliseconds * 1e-3
-
-
-def _is_request_id(value: bytes) -> bool:
-    return 0 < len(value) <= _MAX_ID and value.isascii() and value.decode().isprintable()

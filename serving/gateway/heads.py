@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from serving.gateway.exchange import SMALL_BODY, Exchange
+from serving.gateway.headers import RequestHeaders
 
 if TYPE_CHECKING:
     from serving.gateway.http import HttpConnection
@@ -20,7 +21,7 @@ _HEAD_END: Final = b"\r\n\r\n"
 
 @dataclass(slots=True)
 class KnownHead:
-    """The last request that came in one piece: its head, its length with the body, its headers.
+    """The last request that came in one piece: its head, its length with the body, what it said.
 
     `asked` are the headers that the route table asked for when they were read.
     """
@@ -28,7 +29,8 @@ class KnownHead:
     head: bytes
     length: int
     asked: frozenset[bytes]
-    first: Exchange
+    path: bytes
+    headers: RequestHeaders
 
     def fits(self, data: bytes) -> bool:
         """Whether `data`, between two requests, is one more with this head."""
@@ -36,7 +38,10 @@ class KnownHead:
 
     def exchange(self, connection: HttpConnection, data: bytes) -> Exchange:
         """The request in `data`, received whole."""
-        return self.first.repeat(connection, data[len(self.head) :])
+        exchange = Exchange(connection, self.path, True, self.headers)
+        exchange.body = data[len(self.head) :]
+        exchange.received = True
+        return exchange
 
 
 def know_head(data: bytes, request: object, body_bytes: int) -> KnownHead | None:
@@ -47,12 +52,11 @@ def know_head(data: bytes, request: object, body_bytes: int) -> KnownHead | None
     """
     if not isinstance(request, Exchange) or not request.repeatable:
         return None
-    if not 0 < body_bytes <= SMALL_BODY or request.content_length != body_bytes:
+    if not 0 < body_bytes <= SMALL_BODY or request.headers.content_length != body_bytes:
         return None
     head = data[: data.find(_HEAD_END) + len(_HEAD_END)]
     # Blank lines may stand before a request and behind its body.
     if len(head) + body_bytes != len(data):
         return None
-    # A copy: the request itself goes with its answer.
     asked = request.connection.front.routes.headers
-    return KnownHead(head, len(data), asked, request.repeat(request.connection, b""))
+    return KnownHead(head, len(data), asked, request.path, request.headers)

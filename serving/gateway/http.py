@@ -26,6 +26,7 @@ from uvicorn.server import ServerState
 
 from serving import errors
 from serving.gateway.exchange import Exchange
+from serving.gateway.headers import RequestHeaders
 from serving.gateway.heads import KnownHead, know_head
 from serving.gateway.targets import host_fault, normal_path, origin_form
 from serving.gateway.turns import CONTINUE, Turns
@@ -132,7 +133,7 @@ class HttpConnection(Turns):
         exchange = self.incoming
         if not isinstance(exchange, Exchange) or exchange is not self.active or self._dead:
             return
-        if exchange.content_length - self._body_bytes >= MIN_UPLOAD_BYTES:
+        if exchange.headers.content_length - self._body_bytes >= MIN_UPLOAD_BYTES:
             Upload(self, exchange)
 
     def upload_ended(self) -> None:
@@ -226,15 +227,15 @@ class HttpConnection(Turns):
 
     def _begin_exchange(self, path: bytes) -> None:
         modern = self.parser.get_http_version() == "1.1"
-        exchange = Exchange(self, path, modern and self.parser.should_keep_alive())
+        headers = RequestHeaders(self.headers, self.front.routes.headers, modern=modern)
+        exchange = Exchange(self, path, modern and self.parser.should_keep_alive(), headers)
         self.incoming = exchange
         self.cycle = exchange  # type: ignore[assignment]
-        exchange.read_headers(self.headers, modern)
-        if exchange.content_length > self.front.limits.max_body_bytes:
+        if headers.content_length > self.front.limits.max_body_bytes:
             self._refuse_body()
             return
         self.start_or_queue(exchange)
-        if exchange.expect_continue and exchange is self.active:
+        if headers.expect_continue and exchange is self.active:
             self.transport.write(CONTINUE)
 
     def _begin_asgi(self) -> None:

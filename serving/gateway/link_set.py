@@ -19,6 +19,8 @@ class LinkSet:
         self.by_endpoint: dict[Endpoint, Link] = {}
         # So many can take batches; see `count`.
         self.connected = 0
+        # The one that takes no other batch until it has taken the next suspects.
+        self.reserved: Link | None = None
         self._listed: tuple[Endpoint, ...] = ()
         self._turn = 0
 
@@ -35,9 +37,9 @@ class LinkSet:
         for link in self.by_endpoint.values():
             yield from link.batches()
 
-    def free(self, reserved: Link | None) -> Link | None:
+    def free(self) -> Link | None:
         """The one with the fewest batches in flight, in turn among equals, but not `reserved`."""
-        best = None
+        best, reserved = None, self.reserved
         least = oldest = 0
         self._turn += 1
         for link in self.by_endpoint.values():

@@ -16,6 +16,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from serving.gateway.usage import UsageMeter
+
 SECONDS_BOUNDS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
     10.0, 30.0, 60.0,
@@ -64,6 +66,7 @@ class ArmRecorder:
         "_outcomes",
         "_queue",
         "batch_size",
+        "usage",
     )
 
     def __init__(self) -> None:
@@ -74,6 +77,7 @@ class ArmRecorder:
             part: Histogram(SECONDS_BOUNDS) for part in ("latency", "gateway", "queue", "compute")
         }
         self.batch_size = Histogram(ROWS_BOUNDS)
+        self.usage = UsageMeter()
 
     @property
     def outcomes(self) -> dict[str, int]:

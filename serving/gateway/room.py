@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from serving.core.batching import RequestQueue, ServiceModel
 from serving.core.routing import Arm
-from serving.errors import Overloaded
+from serving.errors import Overloaded, Unavailable
 from serving.gateway.infer import Call, monotonic
 
 if TYPE_CHECKING:
@@ -60,3 +60,10 @@ class Room:
             batches = int(arm.queue_max_wait_s * self._links.connected / run)
             rows = min(rows, batches * max_rows)
         self.rows = rows
+
+
+def no_replica(arm: Arm) -> Unavailable:
+    """What is told to those who cannot wait for one."""
+    return Unavailable(
+        f"model {arm.model!r} version {arm.version}: no replica is ready", retry_after_s=2.0
+    )

@@ -218,6 +218,16 @@ class Routes:
             for (model, version, digest), batchers in gauges.items()
         ]
 
+    def report_usage(self) -> list[dict[str, Any]]:
+        """Device time by replica; see `UsageMeter`."""
+        return [row for recorder in self._recorders.values() for row in recorder.usage.report()]
+
+    def usage_heard(self) -> None:
+        """The controller has a report: what replicas had that left long ago is told no more."""
+        there = {e.replica for batcher in self.batchers() for e in batcher.links}
+        for recorder in self._recorders.values():
+            recorder.usage.forget(there)
+
     async def close(self) -> None:
         """Drop all connections to replicas. Every request must have been answered."""
         tasks = [task for batcher in self.batchers() for task in batcher.close()]

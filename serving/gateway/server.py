@@ -183,6 +183,8 @@ class GatewayServer:
                 if self._tls is None and _leaves_node(table, self._node):
                     await self._get_certificate()
                 self.routes.apply(table)
+                # Some wait for the last gateway to have it.
+                self._report_now.set()
 
         await _repeat(once, "route table")
 
@@ -208,6 +210,7 @@ class GatewayServer:
         """
         payload = self.report()
         answer = await self._controller.call("report", payload)
+        self.routes.usage_heard()
         del self._joined[: len(payload["feedback_joined"])]
         if isinstance(answer, Mapping):
             self._joined += self.routes.feedback(answer.get("feedback") or ())
@@ -224,6 +227,7 @@ class GatewayServer:
             "connections": len(self.front.connections),
             "unrouted": dict(self.front.unrouted),
             "models": self.routes.report(),
+            "usage": self.routes.report_usage(),
             "rollouts": self.routes.report_rollouts(),
             "feedback_joined": list(self._joined),
             "bounds": {"seconds": list(SECONDS_BOUNDS), "rows": list(ROWS_BOUNDS)},

@@ -147,7 +147,7 @@ class Turns(HttpToolsProtocol):
         else:
             # Its body is still to come.
             self.flow.resume_reading()
-            if exchange.expect_continue:
+            if exchange.headers.expect_continue:
                 self.transport.write(CONTINUE)
 
     def end(self) -> None:

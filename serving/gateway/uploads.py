@@ -38,7 +38,7 @@ class Upload(asyncio.BufferedProtocol):
         self._rest = self._rest[nbytes:]
         # It has its answer already where it was refused: it took too long, or too much memory.
         if not self._exchange.received:
-            self._exchange.count(self._exchange.content_length - len(self._rest))
+            self._exchange.count(self._exchange.headers.content_length - len(self._rest))
         if self._exchange.received or not self._rest:
             self._connection.transport.set_protocol(self._connection)
             self._connection.upload_ended()

@@ -4,16 +4,18 @@ Any number of threads call `submit`; one of them at a time leads. A leader takes
 every compatible one that waits (same shapes behind the rows, together at most `max_size` rows),
 runs them as one, hands out the results and names the next leader. With nobody waiting there is no
 hand-over at all: the thread that read a batch from its socket runs the model. A merged run that
-fails is repeated part by part, so that only the guilty part fails.
+fails is repeated part by part, so that only the guilty part fails. A run that does not fit into
+memory is repeated in runs of fewer rows, and no later run has as many.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,6 +24,9 @@ import numpy as np
 from serving.core.types import DATATYPES, Batch
 from serving.errors import DeadlineExceeded, InvalidRequest, ModelFailed, ServingError
 from serving.replica.backends.base import Array, Backend, as_raw, one_line
+from serving.replica.backends.faults import FatalDeviceError
+from serving.replica.memory_fit import EXHAUSTED, MemoryFit, row_bytes
+from serving.replica.rules import BatchRules
 
 _log = logging.getLogger(__name__)
 
@@ -78,49 +83,43 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchRules:
-    """How batches may be merged and padded. `buckets` None: no padding."""
+class Usage:
+    """How long the device was busy with traffic, in nanoseconds.
 
-    max_size: int
-    buckets: tuple[int, ...] | None = None
-
-    @property
-    def merge_size(self) -> int:
-        """The most rows that are merged into one run: a larger run would have no bucket."""
-        return min(self.max_size, self.buckets[-1]) if self.buckets else self.max_size
-
-    def padded(self, rows: int) -> int:
-        """The rows that a run of `rows` rows is padded to."""
-        for bucket in self.buckets or ():
-            if bucket >= rows:
-                return bucket
-        return rows
-
-
-def rules_for(
-    backend: Backend, max_size: int, buckets: tuple[int, ...] | None = None
-) -> BatchRules:
-    """The rules that fit a model: its fixed rows, the buckets asked for, or powers of two on a GPU.
-
-    On a GPU each new shape costs planning and memory, so the shapes are kept few.
+    `answered_ns` is what results told of their runs, less `padding_ns`, the share of rows that
+    nobody asked for. `failed_ns` is runs without a result, and those that did not fit into memory.
     """
-    signature = backend.signature
-    if signature.batch is Batch.NONE:
-        return BatchRules(1)
-    if signature.batch is Batch.FIXED:
-        return BatchRules(min(max_size, signature.fixed_rows), (signature.fixed_rows,))
-    if buckets is None and backend.device != "cpu":
-        powers = (1 << i for i in range((max_size - 1).bit_length()))
-        buckets = (*powers, max_size)
-    return BatchRules(max_size, buckets)
+
+    answered_ns: int
+    padding_ns: int
+    failed_ns: int
 
 
 class Engine:
-    """One backend and the batches that wait for it."""
+    """One backend and the batches that wait for it.
 
-    def __init__(self, backend: Backend, rules: BatchRules) -> None:
+    `ceiling` is the most rows a run that is known to fit into memory, if anything is known;
+    `usual_row_bytes` the size of a usual row of input.
+    `on_fatal` is called where the device is of no more use to this process, and ends it; without it
+    `submit` raises `FatalDeviceError`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        rules: BatchRules,
+        *,
+        ceiling: int | None = None,
+        usual_row_bytes: int = sys.maxsize,
+    ) -> None:
         self.backend = backend
         self.rules = rules
+        self.on_fatal: Callable[[FatalDeviceError], None] | None = None
+        self.oom_batches = 0
+        self._memory = MemoryFit(backend, rules, ceiling, usual_row_bytes)
+        self._safe_rows = self._memory.safe_rows
+        self._ran_out_at = 0.0
+        self._answered_ns = self._padding_ns = self._failed_ns = 0
         self._merges = backend.signature.batch is not Batch.NONE
         self._merge_size = rules.merge_size
         self._outputs = [
@@ -165,6 +164,21 @@ class Engine:
         return time.monotonic() - started if started else 0.0
 
     @property
+    def ceiling(self) -> int | None:
+        """The most rows of usual size that fit into memory; None while every run has fitted."""
+        return self._memory.ceiling
+
+    @property
+    def usage(self) -> Usage:
+        """What the device did since `warmed_up`."""
+        return Usage(self._answered_ns, self._padding_ns, self._failed_ns)
+
+    def warmed_up(self) -> None:
+        """From here on it is traffic: what was used, and what ran out, before it counts no more."""
+        self._answered_ns = self._padding_ns = self._failed_ns = 0
+        self.oom_batches = 0
+
+    @property
     def idle_s(self) -> float:
         """How long no batch has been in flight, in seconds."""
         return 0.0 if self._busy else time.monotonic() - self._last_end
@@ -205,6 +219,9 @@ class Engine:
         if not self._merges or group[0].alone:
             return
         room = self._merge_size - group[0].rows
+        if self._safe_rows < self._merge_size:
+            most = self._memory.most_rows(row_bytes(group[0].inputs, group[0].rows))
+            room = min(room, most - group[0].rows)
         shapes = group[0].shapes or _shapes(group[0], self._merges)
         moment = time.monotonic()
         with self._mutex:
@@ -234,6 +251,10 @@ class Engine:
             return
         try:
             self._run(alive)
+        except FatalDeviceError as error:
+            if self.on_fatal is not None:
+                self.on_fatal(error)
+            raise
         except ServingError as error:
             self._failed(alive, error)
         except Exception as error:
@@ -254,10 +275,17 @@ class Engine:
             self._run_group([work])
 
     def _run(self, group: list[Work]) -> None:
-        """One run over all of `group`. Raises what the backend raises, and `ModelFailed`."""
+        """One run over all of `group`, or several where memory asks for it.
+
+        Raises what the backend raises, `ModelFailed`, and `OutOfMemory`.
+        """
         rows = sum([w.rows for w in group])
         padded = self.rules.padded(rows) if self._merges else rows
+        if padded > self._safe_rows:
+            self._run_in_parts(group, rows)
+            return
         as_it_came = len(group) == 1 and padded == rows
+        outputs = None
         self._run_started = started = time.monotonic()
         try:
             if as_it_came:
@@ -267,14 +295,70 @@ class Engine:
                     _merge([w.inputs[i] for w in group], padded) for i in range(self._n_inputs)
                 ]
             outputs = self._checked(self.backend.run(inputs), padded)
+        except EXHAUSTED as error:
+            self._count_exhausted()
+            self._memory.learn(error, row_bytes(group[0].inputs, group[0].rows), padded)
         finally:
             self._run_started = 0.0
-        compute_s = time.monotonic() - started
+            compute_s = time.monotonic() - started
+            if outputs is None:
+                self._failed_ns += int(compute_s * 1e9)
+        if outputs is None:
+            self._run_in_parts(group, rows)
+            return
+        self._count_answered(group, compute_s, rows, padded)
         at = 0
         for work in group:
             end = at + work.rows
             work.outputs = outputs if as_it_came else [out[at:end] for out in outputs]
             work.run_rows, work.compute_s, at = padded, compute_s, end
+
+    def _run_in_parts(self, group: list[Work], rows: int) -> None:
+        """As many runs over the rows of `group` as it takes for each to fit into memory."""
+        inputs = group[0].inputs
+        if len(group) > 1:
+            inputs = [_merge([w.inputs[i] for w in group], rows) for i in range(self._n_inputs)]
+        compute_s, started = 0.0, time.monotonic()
+        try:
+            outputs, run_rows, compute_s = self._memory.run_in_parts(inputs, rows, self._run_part)
+        finally:
+            self._safe_rows = self._memory.safe_rows
+            self._failed_ns += int((time.monotonic() - started - compute_s) * 1e9)
+        self._count_answered(group, compute_s, rows, run_rows)
+        at = 0
+        for work in group:
+            end = at + work.rows
+            work.outputs = [out[at:end] for out in outputs]
+            work.run_rows, work.compute_s, at = run_rows, compute_s, end
+
+    def _run_part(self, inputs: list[Array], padded: int) -> tuple[list[Array], float]:
+        """The outputs of one run padded to `padded` rows, and the seconds that it took."""
+        rows = len(inputs[0])
+        self._run_started = started = time.monotonic()
+        try:
+            if padded > rows:
+                inputs = [_merge([a], padded) for a in inputs]
+            outputs = self._checked(self.backend.run(inputs), padded)
+        except EXHAUSTED:
+            self._count_exhausted()
+            raise
+        finally:
+            self._run_started = 0.0
+        return [out[:rows] for out in outputs], time.monotonic() - started
+
+    def _count_answered(self, group: list[Work], compute_s: float, rows: int, padded: int) -> None:
+        """Count a run as gateways do, who are told whole microseconds: theirs must add up to it."""
+        ns = int(compute_s * 1e6) * 1000
+        for work in group:
+            self._answered_ns += ns * work.rows // padded
+        if padded > rows:
+            self._padding_ns += ns * (padded - rows) // padded
+
+    def _count_exhausted(self) -> None:
+        """Count what was led as one, once, however many of its runs do not fit."""
+        if self._ran_out_at != self._last_end:
+            self._ran_out_at = self._last_end
+            self.oom_batches += 1
 
     def _checked(self, outputs: list[Array], rows: int) -> list[Array]:
         """`outputs` in wire form. Raises `ModelFailed` where they do not fit the signature."""

@@ -70,8 +70,24 @@ def warm_up(engine: Engine, sample: Sequence[Array]) -> None:
 
     Raises `ArtifactError` if the model fails.
     """
-    for rows in _warm_sizes(engine):
-        _run(engine, _resized(sample, rows), rows, "warm-up")
+    for rows in warm_sizes(engine):
+        run_at(engine, sample, rows)
+
+
+def warm_sizes(engine: Engine) -> list[int]:
+    """The row counts of a warm-up, ascending."""
+    if engine.backend.signature.batch is Batch.NONE:
+        return [1]
+    rules = engine.rules
+    sizes = (
+        {min(b, rules.max_size) for b in rules.buckets} if rules.buckets else {1, rules.max_size}
+    )
+    return sorted(sizes)
+
+
+def run_at(engine: Engine, sample: Sequence[Array], rows: int) -> None:
+    """Run the sample once, repeated to `rows` rows. Raises `ArtifactError` if the model fails."""
+    _run(engine, _resized(sample, rows), rows, "warm-up")
 
 
 def check_golden(engine: Engine, bundle: Path) -> None:
@@ -140,16 +156,6 @@ def compare(
             f"{atol:.3g} + {rtol:.3g} × |recorded| ({np.count_nonzero(excess > 0)} of {got.size} "
             "elements exceed it)"
         )
-
-
-def _warm_sizes(engine: Engine) -> list[int]:
-    if engine.backend.signature.batch is Batch.NONE:
-        return [1]
-    rules = engine.rules
-    sizes = (
-        {min(b, rules.max_size) for b in rules.buckets} if rules.buckets else {1, rules.max_size}
-    )
-    return sorted(sizes)
 
 
 def _resized(sample: Sequence[Array], rows: int) -> list[Array]:

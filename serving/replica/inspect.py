@@ -37,8 +37,9 @@ from serving.core.types import DATATYPES, Batch, Signature, TensorSpec
 from serving.errors import ArtifactError, ServingError
 from serving.replica import probing
 from serving.replica.backends.base import Array, Backend, RuntimeOptions, load_model, one_line
-from serving.replica.engine import Engine, rules_for
+from serving.replica.engine import Engine
 from serving.replica.golden import compare, run_sample, save_arrays
+from serving.replica.rules import rules_for
 
 TIMEOUT_S: Final = 600
 _MAX_SIZE: Final = 64

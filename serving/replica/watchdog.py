@@ -7,16 +7,11 @@ a new one.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-from typing import Final
 
 from serving.replica.engine import Engine
-
-EXIT_STALLED: Final = 70
-
-_log = logging.getLogger(__name__)
+from serving.replica.leaving import EXIT_STALLED, leave
 
 
 class Watchdog:
@@ -41,14 +36,10 @@ class Watchdog:
         while not self._stopped.wait(period_s):
             stalled_s = self._engine.stalled_s
             if stalled_s > self._stall_timeout_s:
-                self._leave(
+                leave(
                     f"a run of the model has lasted {stalled_s:.1f} s, "
-                    f"stall_timeout_s is {self._stall_timeout_s:g}"
+                    f"stall_timeout_s is {self._stall_timeout_s:g}",
+                    EXIT_STALLED,
                 )
             if os.getppid() != self._parent:
-                self._leave("the process that started this replica is gone")
-
-    def _leave(self, reason: str) -> None:
-        _log.critical("this replica exits: %s", reason)
-        logging.shutdown()
-        os._exit(EXIT_STALLED)
+                leave("the process that started this replica is gone", EXIT_STALLED)

@@ -2,21 +2,23 @@
 
 Each entry's hash covers its own fields and the hash of the entry before it. Whoever changes, takes
 out or slips in an entry has to make every later hash anew, and those were seen by others: in a
-reply, in an export, in `verify`'s sentence.
+reply, in an export, in `Head.sentence`. A chain alone does not show that its end was cut off, so
+the number and the hash of the last entry are kept beside it, too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, delete, insert, select
 
-from serving.errors import StoreError
-from serving.store.schema import audit
+from serving.errors import ConfigError, StoreError
+from serving.store.schema import audit, audit_head
 
 FIRST_HASH: Final = "0" * 64
 """What the first entry follows."""
@@ -25,7 +27,7 @@ _PAGE: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """What is to be written down. `at` is Unix seconds, `subject` a rollout or a model."""
+    """What is to be written down. `at` is Unix seconds, `subject` a rollout, model or GPU."""
 
     at: float
     actor: str
@@ -52,6 +54,39 @@ class AuditRow:
         return {**asdict(self), "body": dict(self.body)}
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where a log ends: the number of its last entry, 0 for none, and that one's hash."""
+
+    count: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.hash}@{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> Head:
+        """Read `str`'s form. Raises `ConfigError`."""
+        found = re.fullmatch(r"([0-9a-f]{64})@([1-9][0-9]{0,17})", text)
+        if found is None:
+            raise ConfigError(
+                f"{text!r} is no end of a log; allowed: HASH@COUNT, as `serving audit verify` "
+                "printed it"
+            )
+        return cls(int(found[2]), found[1])
+
+    @property
+    def sentence(self) -> str:
+        """What `verify` found out about a log that is intact and ends here."""
+        if not self.count:
+            return "the audit log is empty"
+        entries = "1 entry" if self.count == 1 else f"{self.count} entries"
+        return f"{entries}, as written; note the end of the log elsewhere, to check it by: {self}"
+
+
+EMPTY: Final = Head(0, FIRST_HASH)
+
+
 def entry_hash(seq: int, entry: AuditEntry, prev_hash: str) -> str:
     """SHA-256 over the canonical JSON of an entry and of the hash before it."""
     fields = [seq, entry.at, entry.actor, entry.action, entry.subject, entry.body, prev_hash]
@@ -63,8 +98,9 @@ def append(db: Connection, entries: Sequence[AuditEntry]) -> None:
     """Add entries at the end. The transaction must hold the write lock. Raises `StoreError`."""
     if not entries:
         return
-    last = db.execute(select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1))
-    seq, prev_hash = last.one_or_none() or (0, FIRST_HASH)
+    # After a log that was cut off it goes on where it ended: the gap stays to be seen.
+    end = max(head(db) or EMPTY, _last(db), key=lambda at: at.count)
+    seq, prev_hash = end.count, end.hash
     for entry in entries:
         # As it will be read: what JSON changes must not look like a forgery.
         entry = AuditEntry(**{**asdict(entry), "at": float(entry.at), "body": _plain(entry.body)})
@@ -72,12 +108,26 @@ def append(db: Connection, entries: Sequence[AuditEntry]) -> None:
         row = {**asdict(entry), "prev_hash": prev_hash, "hash": entry_hash(seq, entry, prev_hash)}
         db.execute(insert(audit).values(seq=seq, **row))
         prev_hash = row["hash"]
+    db.execute(delete(audit_head))
+    db.execute(insert(audit_head).values(id=1, seq=seq, hash=prev_hash))
 
 
-def verify(rows: Iterable[AuditRow]) -> str:
-    """A sentence about a whole log that is intact; `rows` are all entries in order.
+def head(db: Connection) -> Head | None:
+    """Where the log ends by its own record; None where nothing was ever written."""
+    row = db.execute(select(audit_head.c.seq, audit_head.c.hash)).one_or_none()
+    return None if row is None else Head(*row)
 
-    Raises `StoreError` that names the first entry that is not as it was written.
+
+def _last(db: Connection) -> Head:
+    last = db.execute(select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1))
+    return Head(*(last.one_or_none() or (0, FIRST_HASH)))
+
+
+def verify(rows: Iterable[AuditRow], ends: Sequence[Head]) -> Head:
+    """Where a log ends that is intact; `rows` are all entries in order.
+
+    `ends` are where it ended once: it must still have each of them. Raises `StoreError` that names
+    the first entry that is not as it was written.
     """
     count, prev_hash = 0, FIRST_HASH
     for row in rows:
@@ -89,11 +139,18 @@ def verify(rows: Iterable[AuditRow]) -> str:
         entry = AuditEntry(row.at, row.actor, row.action, row.subject, row.body)
         if row.hash != entry_hash(row.seq, entry, prev_hash):
             raise StoreError(f"audit log: entry {row.seq} was changed after it was written")
+        if any(end.count == row.seq and end.hash != row.hash for end in ends):
+            raise StoreError(
+                f"audit log: entry {row.seq} has not the hash that was noted when the log ended "
+                "there: the log or the note was written anew"
+            )
         prev_hash = row.hash
-    if not count:
-        return "the audit log is empty"
-    entries = "1 entry" if count == 1 else f"{count} entries"
-    return f"{entries}, as written; the hash of the last one is {prev_hash}"
+    if missing := [end.count for end in ends if end.count > count]:
+        raise StoreError(
+            f"audit log: it ends with entry {count}, but once had {max(missing)}: its end was cut "
+            "off"
+        )
+    return Head(count, prev_hash)
 
 
 def read(db: Connection, *, after: int | None, limit: int, subject: str | None) -> list[AuditRow]:

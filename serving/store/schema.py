@@ -112,3 +112,70 @@ audit: Final = Table(
     Column("prev_hash", Text, nullable=False),
     Column("hash", Text, nullable=False),
 )
+
+# One row: the number and the hash of the last entry. A log that was cut off does not end there.
+audit_head: Final = Table(
+    "audit_head",
+    metadata,
+    Column("id", Integer, CheckConstraint("id = 1"), primary_key=True, autoincrement=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("hash", Text, nullable=False),
+)
+
+# GPUs on which nothing new is to start, by UUID.
+gpu_cordons: Final = Table(
+    "gpu_cordons",
+    metadata,
+    Column("uuid", Text, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("at", Double, nullable=False),
+)
+
+# What a bundle was measured to take; `ceiling` is the most rows that it was seen to fit, if any.
+memory_profiles: Final = Table(
+    "memory_profiles",
+    metadata,
+    Column("digest", Text, nullable=False),
+    Column("device_type", Text, nullable=False),
+    Column("runtime", Text, nullable=False),
+    Column("profile", JSON, nullable=False),
+    Column("ceiling", Integer, nullable=True),
+    PrimaryKeyConstraint("digest", "device_type", "runtime"),
+)
+
+# What everything cost, by the minute: Unix seconds of its begin, 0 for all that is older than what
+# is kept. Times are nanoseconds of a device, energy is in millijoules, empty where not measured.
+ledger: Final = Table(
+    "ledger",
+    metadata,
+    Column("minute", BigInteger, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("nano_usd", BigInteger, nullable=False),
+    Column("ns", BigInteger, nullable=False),
+    Column("unpriced_ns", BigInteger, nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("energy_mj", BigInteger, nullable=True),
+    PrimaryKeyConstraint("minute", "tenant", "model", "version", "device", "kind"),
+)
+
+# How far each lease and each device is settled; written with the rows that this made.
+ledger_cursors: Final = Table(
+    "ledger_cursors",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("body", JSON, nullable=False),
+    Column("updated_at", Double, nullable=False),
+)
+
+# One row: how often the ledger was written.
+ledger_head: Final = Table(
+    "ledger_head",
+    metadata,
+    Column("id", Integer, CheckConstraint("id = 1"), primary_key=True, autoincrement=False),
+    Column("revision", BigInteger, nullable=False),
+)

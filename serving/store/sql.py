@@ -12,11 +12,22 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Table, delete, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from serving.errors import ConflictError
+from serving.errors import ConflictError, StoreError
 from serving.store import audit as audit_log
 from serving.store import engine as engines
-from serving.store.audit import AuditEntry, AuditRow
-from serving.store.schema import counters, desired, events, pins, route_table, versions
+from serving.store import ledger as ledger_rows
+from serving.store.audit import AuditEntry, AuditRow, Head
+from serving.store.ledger import LedgerRow
+from serving.store.schema import (
+    counters,
+    desired,
+    events,
+    gpu_cordons,
+    memory_profiles,
+    pins,
+    route_table,
+    versions,
+)
 from serving.store.schema import rollouts as rollout_table
 
 
@@ -51,6 +62,27 @@ class RolloutRow:
     body: Mapping[str, Any]
     created_at: float
     finished_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CordonRow:
+    """A GPU on which nothing new is to start, who said so and why. `at` is Unix seconds."""
+
+    uuid: str
+    reason: str
+    actor: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileRow:
+    """What the bundle `digest` was measured to take: `MemoryProfile.to_dict`; a learned ceiling."""
+
+    digest: str
+    device_type: str
+    runtime: str
+    profile: dict[str, Any]
+    ceiling: int | None = None
 
 
 def open_store(url: str, *, clock: Callable[[], float] = time.time) -> Store:
@@ -203,6 +235,70 @@ class Store:
             query = select(func.count()).where(rollout_table.c.model == model)
             return db.execute(query).scalar_one()
 
+    # GPUs.
+
+    def cordons(self) -> list[CordonRow]:
+        """Every GPU that is cordoned, by UUID."""
+        with self._read() as db:
+            rows = db.execute(select(gpu_cordons).order_by(gpu_cordons.c.uuid))
+            return [CordonRow(**row) for row in rows.mappings()]
+
+    def save_cordons(
+        self, rows: Sequence[CordonRow], lifted: Sequence[str], audit: Sequence[AuditEntry]
+    ) -> None:
+        """Add or replace cordons, lift those of the UUIDs `lifted`, and append to the audit log.
+
+        All together or not at all.
+        """
+        with self._write() as db:
+            for row in rows:
+                _upsert(db, gpu_cordons, asdict(row))
+            db.execute(delete(gpu_cordons).where(gpu_cordons.c.uuid.in_(lifted)))
+            audit_log.append(db, audit)
+
+    def memory_profiles(self) -> list[ProfileRow]:
+        """What every bundle was measured to take."""
+        with self._read() as db:
+            return [ProfileRow(**row) for row in db.execute(select(memory_profiles)).mappings()]
+
+    def save_memory_profiles(self, rows: Sequence[ProfileRow]) -> None:
+        """Add profiles, or replace those of the same bundle, type of device and runtime."""
+        with self._write() as db:
+            for row in rows:
+                _upsert(db, memory_profiles, asdict(row))
+
+    # The ledger.
+
+    def post_ledger(
+        self,
+        rows: Sequence[LedgerRow],
+        cursors: Mapping[str, Mapping[str, Any]],
+        dropped: Sequence[str],
+        *,
+        expected: int,
+    ) -> None:
+        """Add rows, replace cursors, drop those of `dropped`: together or not at all.
+
+        Raises `ConflictError` if the ledger's revision is not `expected`; it becomes one more.
+        """
+        with self._write() as db:
+            ledger_rows.post(db, rows, cursors, dropped, expected=expected, at=self._clock())
+
+    def ledger_cursors(self) -> tuple[int, dict[str, dict[str, Any]]]:
+        """The ledger's revision, and every cursor by its id."""
+        with self._read() as db:
+            return ledger_rows.revision(db), ledger_rows.cursors(db)
+
+    def ledger(self, since: int | None = None) -> list[LedgerRow]:
+        """Each account's sum over the minutes from `since` (Unix seconds), or over all time."""
+        with self._read() as db:
+            return ledger_rows.sums(db, since)
+
+    def fold_ledger(self, before: int) -> None:
+        """Sum up the minutes before `before` (Unix seconds) in one row an account."""
+        with self._write() as db:
+            ledger_rows.fold(db, before)
+
     # The audit log.
 
     def audit(
@@ -215,11 +311,25 @@ class Store:
         with self._read() as db:
             return audit_log.read(db, after=after, limit=limit, subject=subject)
 
-    def verify_audit(self) -> str:
-        """A sentence about the intact log. Raises `StoreError` that names the first bad entry."""
-        return audit_log.verify(
-            audit_log.pages(lambda after, limit: self.audit(after=after, limit=limit))
-        )
+    def verify_audit(self, expect: Head | None = None) -> Head:
+        """Where the intact log ends; `expect` is where it did once, as was noted elsewhere.
+
+        Others can write between its pages. Raises `StoreError` that names the first bad entry.
+        """
+        known = self._audit_head()
+        rows = audit_log.pages(lambda after, limit: self.audit(after=after, limit=limit))
+        found = audit_log.verify(rows, [end for end in (known, expect) if end is not None])
+        now = self._audit_head()
+        if found.count > (now.count if now is not None else 0):
+            raise StoreError(
+                f"audit log: it ends with entry {found.count}, but by the record of its end with "
+                f"{now.count if now is not None else 'none'}: one of them was changed"
+            )
+        return found
+
+    def _audit_head(self) -> Head | None:
+        with self._read() as db:
+            return audit_log.head(db)
 
     # Totals.
 

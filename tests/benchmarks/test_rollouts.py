@@ -9,15 +9,16 @@ import pytest
 from scipy.stats import mannwhitneyu, norm
 
 from benchmarks.rollouts import __main__ as command
-from benchmarks.rollouts import comparison, false_rollbacks, simulate, traffic
+from benchmarks.rollouts import bakes, comparison, false_rollbacks, simulate, traffic
 from benchmarks.rollouts.judge import Judge, fails, judges
 from benchmarks.rollouts.peers import ARGO, FLAGGER, Kayenta, ThresholdRule, mann_whitney_z
 from benchmarks.rollouts.traffic import Cell, Fault, Plan, default_ramp
+from serving.core.one_arm import spent
 from serving.core.rollout import new_rollout
 from serving.core.rollout_counts import ArmCountsRow, EpochCounts, Histogram
 from serving.core.rollout_spec import default_plan
 from serving.core.rollout_types import Epoch, Outcome, Rollout, Snapshot
-from serving.core.triggers import KINDS
+from serving.core.triggers import KINDS, tolerance
 
 CANARY = default_plan("canary")
 WEIGHTS = np.array([0.0, 0.01, 0.05, 0.25, 0.5])
@@ -76,7 +77,7 @@ def row(name: str, tallies: np.ndarray) -> ArmCountsRow:
 def as_product(name: str, table: np.ndarray) -> tuple[Rollout, Snapshot]:
     """The rollout and snapshot with the counts (bets, 3, epochs, 4)."""
     epochs = tuple(
-        Epoch(i, i - 1, w, (TAIL, BODY) if i else None, tuple(CLASSES) if i else None)
+        Epoch(i, i - 1, w, (TAIL, BODY, 120) if i else None, tuple(CLASSES) if i else None)
         for i, w in enumerate(WEIGHTS)
     )
     counts = {
@@ -205,6 +206,58 @@ def test_seconds_add_up_to_their_block():
     assert (seconds[..., 3] <= seconds[..., 2]).all()
 
 
+def bake(share: float, late: float, rng: np.random.Generator) -> np.ndarray:
+    """A bake's counts (seconds, 4) at 100 requests a second, worse in its second half."""
+    n = rng.poisson(100, 3600).astype(float)
+    k = rng.binomial(n.astype(int), np.where(np.arange(3600) < 1900, share, late)).astype(float)
+    return np.stack([n, k, n, k], axis=-1)
+
+
+def test_a_bake_is_judged_as_the_product_judges_it():
+    trigger = CANARY.analysis.trigger("errors")
+    assert trigger is not None
+    stable = np.array([(50_000, 60, 50_000, 60), (20_000, 15, 20_000, 15)], float)
+    allowed = tolerance(trigger, 0.01)
+    seconds = bake(0.002, 0.05, np.random.default_rng(2))
+    ceiling = bakes._ceiling(seconds, allowed.of(stable))
+    for until in (100, 1900, 1930, 3000, 3600):
+        parts = bakes._parts(seconds, until)
+        log_e = bakes._watch(stable, parts, allowed).log_e
+        assert min(log_e, bakes._LARGEST) <= ceiling[until - 1] + bakes._MARGIN
+    # And the product, with both arms' epochs and its own numbers for them.
+    verdicts = []
+    for until in (1900, 2000):
+        parts = bakes._parts(seconds, until)
+        epochs = [Epoch(i, i, 0.0) for i in range(2)]
+        epochs += [Epoch(2 + i, 4, 1.0, part=i) for i in range(len(parts))]
+        counts = {i: EpochCounts(stable={"s": row("errors", stable[[i]])}) for i in range(2)}
+        counts |= {
+            2 + i: EpochCounts(canary={"a": row("errors", part[np.newaxis])})
+            for i, part in enumerate(parts)
+        }
+        rollout, _ = as_product("errors", np.zeros((1, 3, 5, 4)))
+        snapshot = Snapshot(0.0, 2, 2, 2, 1, 1, counts=counts)
+        verdict = KINDS["errors"](trigger, replace(rollout, epochs=tuple(epochs)), snapshot)
+        watch = bakes._watch(stable, parts, allowed)
+        assert verdict.log_e == pytest.approx(spent(0.0, watch.log_e))
+        verdicts.append(verdict.verdict)
+    assert verdicts == [Outcome.HOLD, Outcome.FAIL]
+
+
+@pytest.mark.parametrize("scenario", ["independent", "sticky", "day"])
+def test_healthy_canaries_are_kept_through_the_bake(scenario: traffic.Scenario):
+    ended = bakes._run(Cell(200.0, 0.005, scenario, replicas=1), 50, seed=11)
+    assert not np.isfinite(ended.at).any()
+
+
+def test_faults_that_begin_in_the_bake_end_it_soon():
+    for fault, name in ((Fault(errors=100), "errors"), (Fault(latency=5), "latency")):
+        ended = bakes._run(Cell(200.0, 0.001, fault=fault, replicas=1), 20, seed=11)
+        at = ended.at[ended.triggers.index(name)]
+        assert (at > 0).all()
+        assert np.median(at) < 60
+
+
 def minutes(values: list[float]) -> np.ndarray:
     return np.array([values])
 
@@ -277,8 +330,30 @@ def test_the_command_writes_what_it_found_and_how(
         f"independent/1/{error}" for error in ("0", "0.001", "0.005", "0.02")
     ]
     assert document["machine"]["command"].startswith("python -m benchmarks.rollouts")
+    assert (
+        {document["machine"]["rollouts"]} == {row["rollouts"] for row in document["rows"]} == {500}
+    )
     assert (tmp_path / "false-rollbacks.png").stat().st_size > 1000
     assert "0 cells" in capsys.readouterr().out
+
+
+def test_as_many_rollouts_are_simulated_as_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    asked = []
+
+    def measure(rollouts: int, seed: int) -> list[dict]:
+        asked.append(rollouts)
+        return []
+
+    for part, module in (("bakes", bakes), ("detection", command.detection), ("peers", comparison)):
+        monkeypatch.setattr(module, "measure", measure)
+        monkeypatch.setattr(command.plots, part, lambda rows, directory: None, raising=False)
+        assert command.main(["--only", part, "--rollouts", "50"]) == 0
+        assert command.main(["--only", part]) == 0
+        assert "1,000 rollouts a row" in (tmp_path / f"{part}.md").read_text(encoding="utf-8")
+    assert asked == [50, 1000] * 3
 
 
 def test_a_cell_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ class Server(uvicorn.Server):
 
 
 @contextmanager
-def admin_api(home: Path, models: dict[str, Any]) -> Iterator[int]:
-    """Serve `models`, all of them ready; the port."""
+def admin_api(
+    home: Path, models: dict[str, Any], gpus: Sequence[dict[str, Any]] = ()
+) -> Iterator[int]:
+    """Serve `models`, all of them ready; the port. `gpus` are reports of node agents."""
     port = free_port()
     world = World(home)
     servers: list[Server] = []
@@ -33,6 +35,8 @@ def admin_api(home: Path, models: dict[str, Any]) -> Iterator[int]:
         controller = await world.controller()
         await world.apply(controller, models)
         await world.settle(controller)
+        for report in gpus:
+            await controller.gpus.report(report)
         app = create_app(controller, host="127.0.0.1", ray_version="2.60")
         config = uvicorn.Config(app, port=port, log_config=None, lifespan="off")
         servers.append(Server(config))

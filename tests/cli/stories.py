@@ -149,6 +149,7 @@ class Story:
         return {
             **self.rollout.to_dict(),
             "arms": {arm: self._arm(arm) for arm in ARMS},
+            "rollback_ms": None,
             "next": next_sentence(self.rollout, self.snapshot),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from serving import compose
 from serving.config import parse_config
 from serving.errors import ClusterError
+from tests.fake_nvml import FakeNvml
+from tests.fake_nvml import whole as whole_gpu
 
 SOCKET_PATH = 107
 SESSION = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -54,3 +57,20 @@ def test_options_that_serve_does_not_take_are_one_sentence(tmp_path: Path) -> No
     with pytest.raises(ClusterError, match="cannot deploy: The precision") as caught:
         compose.deploy(parse_config(raw, source="test"), embedded=True)
     assert "\n" not in str(caught.value)
+
+
+def test_ray_counts_what_work_can_be_placed_on(
+    nvml_here: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A divided GPU is as many devices as it has slices; what the operator hides is not counted."""
+    slices = [nvml_here.slice(0, slot, f"{slot} 0") for slot in (0, 1)]
+    whole = whole_gpu(1)["uuid"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert compose._claim_gpus() == 3
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join([*slices, whole])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert compose._claim_gpus() == 1
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == whole
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert compose._claim_gpus() == 0
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -16,7 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from serving.config import load_config
 from tests.e2e.deployment import SERVING, Deployment, eventually, free_port, serving
+from tests.e2e.load import Load
+from tests.e2e.test_faults import MLP, mlp_body
 
 pytestmark = [pytest.mark.cluster]
 
@@ -85,16 +88,26 @@ def ray_dir(output: str) -> Path:
     return Path(found[1]).parents[1]
 
 
-def test_ctrl_c_on_a_terminal_drains_and_stops(home: Path) -> None:
-    terminal = Terminal(home, configure(home))
+def test_ctrl_c_on_a_terminal_answers_what_was_admitted_and_stops(home: Path) -> None:
+    file = configure(home)
+    terminal = Terminal(home, file)
     terminal.wait_for(b"ready: ")
     terminal.wait_for(b"mlp")
-    with no_process_left(terminal.pid):
+    port = load_config(file).gateway.port
+    with no_process_left(terminal.pid), Load(port, MLP, [mlp_body(1)]) as load:
+        load.wait_for(1_000)
         terminal.press_ctrl_c()
         assert terminal.wait() == 0, terminal.output.decode(errors="replace")
+        eventually(lambda: load.broken, "connections are refused")
     assert b"stopping gateway" in terminal.output
     assert terminal.output.rstrip().endswith(b"stopped")
     assert b"Traceback" not in terminal.output
+    assert load.failed == {}, load.failures
+    # Who was connected got an answer; the others were not let in. The listener's own queue is the
+    # exception: a connection that the gateway has not accepted ends with its listener.
+    unanswered = [b for b in load.broken if not b.startswith("connect")]
+    assert len(unanswered) <= 8, unanswered
+    assert len(unanswered) < len(load.broken)
 
 
 def test_ctrl_c_during_the_start_leaves_nothing(home: Path) -> None:
@@ -188,26 +201,3 @@ def _register_and_tamper(home: Path, registered: Path, tmp_path: Path) -> None:
 
 def _belongs(process: psutil.Process, home: Path) -> bool:
     return any(str(home) in part for part in process.info["cmdline"] or ())
-
-
-def test_on_a_cluster_it_deploys_returns_and_is_removed(home: Path) -> None:
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    try:
-        env = {"RAY_ADDRESS": cluster.address}
-        file = configure(home)
-        up = serving("up", "-f", file, home=home, env=env)
-        assert up.returncode == 0, up.stderr
-        assert "ready: " in up.stdout
-        status = serving("status", "-f", file, home=home)
-        assert "ready" in status.stdout, status.stderr
-        again = serving("up", "-f", file, home=home, env=env)
-        assert again.returncode == 1
-        assert "already runs" in again.stderr
-        down = serving("down", "-f", file, home=home, env=env)
-        assert down.returncode == 0, down.stderr
-        assert serving("status", "-f", file, home=home).returncode == 1
-        assert "nothing of ours" in serving("down", "-f", file, home=home, env=env).stderr
-    finally:
-        cluster.shutdown()

@@ -208,12 +208,59 @@ def test_approve_and_abort(idle: Cli) -> None:
     assert idle.json("rollout", "abort", "digits")["state"] == "rolling_back"
 
 
+def test_of_two_operators_at_once_the_second_is_told(cli: Cli) -> None:
+    """Both saw "observing"; what the second wants is not done to another state."""
+    seen = cli.json("rollout", "status", "digits")["state"]
+    cli("rollout", "pause", "digits", "--if-state", seen, "--reason", "odd", SERVING_ACTOR="ada")
+    for command in (["rollout", "promote"], ["rollout", "abort"], ["rollback"]):
+        said = cli.fails(*command, "digits", "--if-state", seen)
+        assert "rollout digits:2 is paused now, not observing (ada: odd); look at it again" in said
+    assert cli.json("rollout", "status", "digits")["state"] == "paused"
+    assert cli.json("audit")[-1]["action"] == "pause"
+    assert cli.json("rollout", "resume", "digits", "--if-state", "paused")["state"] == "observing"
+    unknown = cli.fails("rollout", "pause", "digits", "--if-state", "going", code=2)
+    assert "'going' is not one of 'pending', 'preparing'" in unknown
+
+
+def test_rollback_after_success_while_the_old_version_is_kept_and_no_longer(idle: Cli) -> None:
+    kept = {"plan": "fast", "bake": {"duration": 1}, "keep_previous": 30}
+    idle.desk.start(plan=kept)
+    idle.desk.until("succeeded")
+    assert "a rollback to it is immediate" in idle("rollout", "status", "digits")
+    assert "digits: rolling back" in idle("rollback", "digits", "--reason", "complaints")
+    idle.desk.until("rolled_back")
+    ended = idle("rollout", "status", "digits")
+    assert "next: It is over, with all requests at version 1." in ended
+    explained = idle("rollout", "explain", "digits")
+    assert "taken back 1000 ms after the verdict" in explained, "the desk's gateway is that slow"
+    idle.desk.start(plan={**kept, "keep_previous": 2})
+    idle.desk.until("succeeded")
+    idle.desk.pass_time(3)
+    said = idle.fails("rollback", "digits")
+    assert "version 1 is no longer kept" in said
+    assert said.endswith("to go back to it: serving rollout start digits --to 1")
+    assert "serving rollout start digits --to 1" in idle("rollout", "status", "digits")
+    back = idle.json("rollout", "start", "digits", "--to", "1")
+    assert (back["stable"], back["canary"]) == ("2", "1")
+
+
 def test_audit_verify(cli: Cli) -> None:
     count = cli.json("audit")[-1]["seq"]
-    assert f"{count} entries, as written" in cli("audit", "verify")
+    assert f"{count} entries, as written" in (said := cli("audit", "verify"))
     assert f"{count} entries" in cli.json("audit", "verify")["sentence"]
+    noted = cli.json("audit", "verify")["end"]
+    assert said.endswith(f"{noted}\n")
+    cli("rollout", "pause", "digits")
+    assert f"{count + 1} entries, as written" in cli("audit", "verify", "--expect", noted)
+    other = noted.replace(noted[0], "0" if noted[0] != "0" else "1")
+    assert "has not the hash that was noted" in cli.fails("audit", "verify", "--expect", other)
+    wrong = cli.fails("audit", "verify", "--expect", "12", code=2)
+    assert "'12' is no end of a log; allowed: HASH@COUNT" in wrong
     said = cli.fails("audit", "--url", cli.desk.url, "verify", code=2)
     assert "--url stands before 'verify'" in said
+    with sqlite3.connect(cli.desk.home / "store.db") as db:
+        db.execute(f"DELETE FROM audit WHERE seq > {count}")
+    assert f"ends with entry {count}, but once had" in cli.fails("audit", "verify")
     with sqlite3.connect(cli.desk.home / "store.db") as db:
         db.execute("UPDATE audit SET actor = 'mallory' WHERE seq = 2")
     assert "entry 2 was changed" in cli.fails("audit", "verify")

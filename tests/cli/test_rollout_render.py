@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from serving.cli import rollout_text as words
-from serving.cli.rollout_render import explain_view, rollouts_table, status_view, watch_view
+from serving.cli.rollout_render import WatchView, explain_view, rollouts_table, status_view
 from serving.core.rollout_spec import Webhook
 from serving.core.rollout_states import State
 from serving.core.rollout_types import ProviderState
@@ -54,9 +54,9 @@ SAID = {
 }
 
 
-def printed(view: RenderableType, width: int = 200) -> str:
+def printed(view: RenderableType, width: int = 200, height: int = 60) -> str:
     text = io.StringIO()
-    Console(file=text, width=width, highlight=False).print(view)
+    Console(file=text, width=width, height=height, highlight=False).print(view)
     return text.getvalue()
 
 
@@ -85,7 +85,7 @@ def test_each_state_is_explained(state: str) -> None:
     head = f"digits: version 1 → 2, {words.headline(raw)}"
     assert head in text
     assert head in printed(status_view(raw, story.now))
-    live = printed(watch_view(raw, [entry], story.now, "the controller does not answer"))
+    live = printed(WatchView(raw, [entry], story.now, "the controller does not answer"))
     assert head in live
     assert "start by ada@desk: better [on] sevens" in live
     assert "the controller does not answer" in live
@@ -95,8 +95,37 @@ def test_each_state_is_explained(state: str) -> None:
 @pytest.mark.parametrize("state", STORIES)
 def test_nothing_breaks_on_a_narrow_terminal(state: str) -> None:
     story = STORIES[state]()
-    view = watch_view(story.to_dict(), [], story.now, "")
+    view = WatchView(story.to_dict(), [], story.now, "")
     assert max(map(len, printed(view, 80).splitlines())) <= 80
+
+
+@pytest.mark.parametrize("state", STORIES)
+def test_a_small_terminal_loses_the_oldest_events_and_no_trigger(state: str) -> None:
+    story = STORIES[state]()
+    entries = [
+        {
+            "seq": n,
+            "at": BEGIN + n,
+            "actor": "ada@desk",
+            "action": f"told{n}",
+            "subject": "digits:1",
+            "body": {"weight": 0.05, "reason": "for a reason that takes its time " * 4},
+        }
+        for n in range(5)
+    ]
+    raw = {**story.to_dict(), "reason": story.rollout.reason * 3}
+    view = WatchView(raw, entries, story.now, "the controller does not answer")
+    lines = printed(view, 80, 24).splitlines()
+    assert len(lines) <= 24
+    shown = [n for n in range(5) if any(f"told{n} by" in line for line in lines)]
+    assert shown, "the newest event is there"
+    assert shown == list(range(5))[-len(shown) :]
+    first_words = [line.split()[0] for line in lines if line.strip()]
+    assert [v.trigger for v in story.rollout.verdicts if v.trigger not in first_words] == []
+    everything = printed(view, 80, 60)
+    assert all(f"told{n} by" in everything for n in range(5))
+    assert len(printed(view, 80, 18).splitlines()) <= 20, "even then no trigger goes"
+    assert all(v.trigger in printed(view, 80, 18) for v in story.rollout.verdicts)
 
 
 def test_evidence_is_shown_against_its_threshold() -> None:
@@ -108,7 +137,7 @@ def test_evidence_is_shown_against_its_threshold() -> None:
     text = printed(explain_view(story.to_dict(), [], story.now))
     row = next(line for line in text.splitlines() if line.split()[:2] == ["errors", "fail"])
     assert f"10/50 (20 %)  0/950 (0 %)    {words.power(errors.log_e)} of 10^2.5" in row
-    live = printed(watch_view(story.to_dict(), [], story.now, ""))
+    live = printed(WatchView(story.to_dict(), [], story.now, ""))
     (bar,) = (line for line in live.splitlines() if line.split()[:2] == ["errors", "fail"])
     assert bar.rstrip().endswith("━" * 15 + "┃")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from serving import tls
-from serving.control.outbound import MAX_ANSWER, NoAnswer, fetch, place
+from serving.control.outbound import MAX_ANSWER, NoAnswer, fetch
+from serving.core.urls import place
 from tests.control.web_service import Reply, WebService, web_service
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serving.config import StoreConfig
+from serving.control.controller import Controller
 from serving.control.layout import check_fixed_settings
 from serving.errors import ConfigError, ConflictError, RegistryError
 from tests.control.world import FakeCluster, World
@@ -80,21 +82,55 @@ def test_resources_that_are_not_for_the_user_are_refused(world: World, name: str
 def test_what_an_earlier_deployment_applied_makes_no_gateway_ready(world: World) -> None:
     """A second `serving up` on a home: until its own apply there is no table to be ready by."""
 
-    async def scenario() -> tuple[int, bool, bool]:
+    async def scenario() -> list[bool]:
         first = await world.controller()
         await world.apply(first, {"m": {"version": "1"}})
         await world.settle(first)
         world.deployment, world.cluster = "second", FakeCluster()
         second = await world.controller()
         await world.settle(second, steps=3)
-        before_apply = second.board.revision
+        before_apply = second.board.table.complete
         await world.apply(second, {"m": {"version": "1"}})
         await second.step(look=True)
         loading = second.board.table.complete
         await world.settle(second)
-        return before_apply, loading, second.board.table.complete
+        return [before_apply, loading, second.board.table.complete]
 
-    assert asyncio.run(scenario()) == (0, False, True)
+    assert asyncio.run(scenario()) == [False, False, True]
+
+
+@pytest.mark.parametrize("applied", [{"m": {"version": "1"}}, {}], ids=["a model", "no model"])
+def test_a_controller_killed_before_its_first_table_leaves_none_of_the_former_deployment(
+    world: World, applied: dict[str, Any]
+) -> None:
+    async def scenario() -> list[tuple[list[str], bool]]:
+        seen = []
+
+        def look(controller: Controller) -> None:
+            table = controller.board.table
+            assert table.revision > former, "a gateway takes over no older table"
+            seen.append((sorted(table.models), table.complete))
+
+        first = await world.controller()
+        await world.apply(first, applied)
+        await world.settle(first)
+        assert first.board.table.complete
+        former = first.board.revision
+        world.deployment, world.cluster = "second", FakeCluster()
+        second = await world.controller()
+        await world.apply(second, {"m": {"version": "2"}})
+        # It is killed while the model loads.
+        third = await world.controller()
+        look(third)
+        # By now it no longer waits for the replicas of a stored table.
+        world.monotonic += 10.0
+        await third.step(look=True)
+        look(third)
+        await world.settle(third)
+        look(third)
+        return seen
+
+    assert asyncio.run(scenario()) == [([], False), ([], False), (["m"], True)]
 
 
 def test_a_table_is_complete_once_every_version_is_routed_and_stays_so(world: World) -> None:

@@ -108,6 +108,13 @@ def test_what_a_rollout_would_do(world: RolloutWorld) -> None:
             "actor is a string",
         ),
         ("/v1/rollouts/m/pause", {}, 404, "not_found", "no rollout 'm'"),
+        (
+            "/v1/rollouts/m/pause",
+            {"expected_state": "going"},
+            400,
+            "invalid_request",
+            "expected_state is 'going'; allowed: pending, preparing",
+        ),
         ("/v1/rollouts/m/explode", {}, 404, "not_found", "allowed: pause, resume"),
         ("/v1/feedback", {"label": 1}, 400, "invalid_request", "request_id is"),
         ("/v1/feedback", [], 400, "invalid_request", "expected 1 to 1000"),

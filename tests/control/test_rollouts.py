@@ -129,7 +129,7 @@ def test_a_rollback_too_late_says_what_to_do(world: RolloutWorld) -> None:
         controller = await world.serving()
         await world.rolled_out(controller, "2")
         await world.seconds(controller, 12)
-        with pytest.raises(ConflictError, match="no longer kept; start a rollout to version 1"):
+        with pytest.raises(ConflictError, match=r"no longer kept; to go .* start m --to 1"):
             await tell(controller, "rollback")
         with pytest.raises(NotFound, match="no rollout 'nobody'"):
             await tell(controller, "rollback", key="nobody")
@@ -174,7 +174,7 @@ def test_of_two_operators_the_second_is_told_what_the_first_did(world: RolloutWo
         )
         assert results[0]["state"] == "promoting"
         assert isinstance(results[1], ConflictError)
-        assert "is promoting now, not observing" in str(results[1])
+        assert "is promoting now, not observing (alice: I say so)" in str(results[1])
         with pytest.raises(ConflictError, match="approve"):
             await tell(controller, "approve")
         with pytest.raises(NotFound, match="no command 'superseded'"):

@@ -40,6 +40,22 @@ def test_gauges_are_those_of_the_living() -> None:
     assert (arm.total, arm.queue_depth, arm.in_flight) == (10, 3, 2)
 
 
+def test_a_shielded_request_counts_once_and_is_no_error() -> None:
+    totals = Totals({})
+    for now, of in ((0.0, 0), (10.0, 1)):
+        rows = [
+            {**model_row("1", 0), "requests": {"success": 90 * of, "model_failed": 2 * of}},
+            {**model_row("2", 0), "requests": {"success": 5 * of, "shielded": 3 * of}},
+        ]
+        totals.report(gateway_report("g1", models=rows), now)
+        totals.note_rates(now)
+    stable, canary = (totals.sum()["m", version] for version in ("1", "2"))
+    assert (stable.total, stable.errors, stable.shielded) == (92, 2, 0)
+    assert (canary.total, canary.errors, canary.shielded) == (5, 0, 3)
+    # Stable answered the three: clients sent 97 requests, and two of them failed.
+    assert totals.rate("m") == pytest.approx(9.7)
+
+
 def test_only_changed_counts_are_written() -> None:
     totals = Totals({})
     totals.report(gateway_report("g1", models=[model_row("1", 5)]), 0.0)

@@ -73,6 +73,8 @@ class World:
     canary_failed: str = ""
     stable_ready: int = 2
     canary_fails: float = 0.0
+    latency_bucket: int = 60
+    canary_slower: int = 0
     lagging: bool = False
     providers: dict[str, ProviderState] = field(default_factory=dict)
     restarts: tuple[float, ...] = ()
@@ -96,17 +98,24 @@ class World:
     def traffic(self, seconds: float) -> None:
         """What gateways count in that time, at the weight that the routes carry."""
         rollout, total = self.rollout, int(self.rate * seconds)
-        canary = round(total * rollout.weight)
+        canary, late = round(total * rollout.weight), self.canary_slower
         pairs = round((total - canary) * rollout.shadow)
         row = EpochCounts(
-            stable={"s": _answers(total - canary, 0)},
+            stable={"s": self._answers(total - canary, 0)},
             canary={
-                "a": _answers(canary // 2, round(canary // 2 * self.canary_fails)),
-                "b": _answers(canary - canary // 2, round(canary // 2 * self.canary_fails)),
+                "a": self._answers(canary // 2, round(canary // 2 * self.canary_fails), late),
+                "b": self._answers(
+                    canary - canary // 2, round(canary // 2 * self.canary_fails), late
+                ),
             },
             pairs=pairs,
         )
         self.counts[rollout.epoch] = self.counts.get(rollout.epoch, EpochCounts()) + row
+
+    def _answers(self, n: int, failed: int, late: int = 0) -> ArmCountsRow:
+        bucket = self.latency_bucket + late
+        latency = Histogram({bucket: n - failed}) if n > failed else Histogram()
+        return ArmCountsRow(n, failed, n, failed, latency, latency)
 
     def tick(self, seconds: float = 1.0) -> Rollout:
         self.now += seconds
@@ -148,8 +157,3 @@ def plan(**changes: Any) -> RolloutSpec:
 def stored(rollout: Rollout) -> Rollout:
     """What comes back from the store."""
     return Rollout.from_dict(json.loads(json.dumps(rollout.to_dict())))
-
-
-def _answers(n: int, failed: int) -> ArmCountsRow:
-    latency = Histogram({60: n - failed}) if n > failed else Histogram()
-    return ArmCountsRow(n, failed, n, failed, latency, latency)

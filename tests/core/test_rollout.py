@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from serving.core.rollout import Rollout, State, decide
@@ -90,7 +92,10 @@ def test_each_state_says_what_comes_next() -> None:
         "Is rolled back as soon as every gateway sends all requests to version 1 and it is ready."
     )
     w.to(State.ROLLED_BACK)
-    assert w.next == "Nothing: it was rolled back (because)."
+    assert w.next == (
+        "It is over, with all requests at version 1. To try version 2 again: "
+        "serving rollout start digits --to 2."
+    )
 
 
 def test_capacity_comes_before_weight() -> None:
@@ -117,7 +122,10 @@ def test_the_plans_that_need_nobody_end_by_themselves(name: str) -> None:
     while w.rollout.active:
         w.tick(1 if name == "fast" else 60)
     assert w.rollout.state is State.SUCCEEDED
-    assert weights(w.rollout) == [0, *(s.weight / 100 for s in w.rollout.spec.steps), 1]
+    *rest, last = [0, *(s.weight / 100 for s in w.rollout.spec.steps), 1]
+    parts = {"canary": 12, "blue-green": 12, "fast": 1}[name]
+    assert weights(w.rollout) == [*rest, *[last] * parts]
+    assert [e.part for e in w.rollout.epochs[len(rest) :]] == list(range(parts))
 
 
 def test_shadow_only_goes_on_copying_until_a_person_decides() -> None:
@@ -471,11 +479,32 @@ def test_a_webhook_gate_asks_until_it_says_yes() -> None:
     w = world(gated(type="webhook", url="http://gate", timeout_s=600)).to(State.AWAITING_GATE)
     (hook,) = due_hooks(w.rollout, w.snapshot())
     assert (hook.key, hook.url) == ("gate:0", "http://gate")
-    w.providers = {hook.key: BAD}
+    w.providers = {hook.key: SILENT}
     assert w.tick(100).state is State.AWAITING_GATE
     w.providers = {hook.key: OK}
     assert w.tick().step == 1
     assert w.rollout.reason == "the gate's webhook said yes"
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_webhook_gate_that_says_no_takes_the_version_back_at_once(dry_run: bool) -> None:
+    spec = gated(type="webhook", url="http://gate/secret", timeout_s=600, on_timeout="proceed")
+    w = world(replace(spec, analysis=replace(spec.analysis, dry_run=dry_run)))
+    w.to(State.AWAITING_GATE)
+    assert "when http://gate says yes." in w.next
+    w.providers = {"gate:0": ProviderState("fail", fails=1, message="http://gate says fail: slow")}
+    assert w.tick().state is State.ROLLING_BACK
+    assert w.rollout.reason == "the gate of step 1 refused: http://gate says fail: slow"
+    assert w.rollout.weight == 0
+
+
+def test_a_person_overrules_a_gate_that_says_no_only_beforehand() -> None:
+    w = world(gated(type="webhook", url="http://gate", timeout_s=600)).to(State.AWAITING_GATE)
+    w.say("approve", "I know better")
+    w.providers = {"gate:0": BAD}
+    assert w.tick().step == 1
+    with pytest.raises(ConflictError, match="'approve' is not possible"):
+        w.say("approve")
 
 
 # Webhooks before the rollout and before steps.
@@ -556,10 +585,13 @@ def test_rollback_after_success_as_long_as_the_old_version_is_kept() -> None:
 def test_rollback_after_the_old_version_is_gone_is_refused() -> None:
     w = world().to(State.SUCCEEDED)
     w.now += 300
-    with pytest.raises(ConflictError, match="version 1 is no longer kept; start a rollout to"):
+    with pytest.raises(ConflictError, match="version 1 is no longer kept; to go back to it: "):
         w.say("rollback")
     assert w.tick().warm_until is None
-    assert w.next == "Nothing: it has succeeded, and version 1 is no longer kept."
+    assert w.next == (
+        "It has succeeded, and version 1 is no longer kept. To go back to it: "
+        "serving rollout start digits --to 1."
+    )
 
 
 # Trials.
@@ -582,9 +614,46 @@ def test_a_dry_run_still_needs_replicas() -> None:
 
 def test_latency_is_judged_as_soon_as_stable_has_answered_enough() -> None:
     w = world(plan(shadow=None), rate=10).to(State.OBSERVING)
+    w.tick(30)
     assert w.rollout.current.latency_bounds is None
+    assert latency_sentence(w) == "latency: waits for 400 answers of stable to judge by, 295 so far"
     w.until(lambda r: r.current.latency_bounds is not None, within=20)
     assert (w.rollout.step, weights(w.rollout)) == (0, [0, 0.05, 0.05])
+
+
+def latency_sentence(w: World) -> str:
+    return next(v.sentence for v in w.rollout.verdicts if v.trigger == "latency")
+
+
+def test_latency_bounds_follow_a_stable_that_becomes_slower_within_a_step() -> None:
+    w = world(plan(steps=(Step(5, 600), Step(50, 60)))).to(State.OBSERVING)
+    frozen = w.rollout.current.latency_bounds
+    w.tick(60)
+    # More load: both arms take half as long again, stable's median is past the body's bound.
+    w.latency_bucket += 6
+    w.until(lambda r: r.current.latency_bounds != frozen, within=200)
+    assert w.rollout.step == 0
+    w.tick(60)
+    bounds = w.rollout.current.latency_bounds
+    assert bounds is not None
+    assert frozen is not None
+    assert w.latency_bucket <= bounds[1] <= w.latency_bucket + 4
+    # Counts of before keep their bounds: they belong to their own epoch.
+    assert next(e.latency_bounds for e in w.rollout.epochs if e.step == 0) == frozen
+    # And a canary that is half as slow again is found in the same step.
+    w.canary_slower = 6
+    w.to(State.ROLLING_BACK)
+    assert w.rollout.step == 0
+    assert w.rollout.reason.startswith("latency: longer than")
+
+
+def test_a_stable_whose_latency_goes_up_and_down_makes_few_epochs() -> None:
+    w = world(plan(steps=(Step(5, 100_000), Step(50, 60)))).to(State.OBSERVING)
+    for minute in range(600):
+        w.latency_bucket = 60 + 8 * (minute % 2)
+        w.tick(60)
+    assert w.rollout.state is State.OBSERVING
+    assert len(w.rollout.epochs) < 16
 
 
 def test_restarts_are_remembered_by_the_rollout() -> None:

@@ -12,7 +12,13 @@ import pytest
 from serving.core import triggers
 from serving.core.clusters import correlation, design_effect
 from serving.core.evidence import log_threshold
-from serving.core.rollout_baseline import drift_bins, latency_bounds, stable_so_far
+from serving.core.one_arm import STEPS, spent
+from serving.core.rollout_baseline import (
+    drift_bins,
+    latency_bounds,
+    moved_bounds,
+    stable_so_far,
+)
 from serving.core.rollout_counts import (
     LATENCY_BOUNDS,
     ArmCountsRow,
@@ -34,8 +40,9 @@ from serving.core.triggers import evaluate
 from tests.core import rollout_traffic
 from tests.core.rollout_traffic import PLAN, Events, detections, log_e, seconds, sticky
 
-ERRORS = log_threshold(0.3, 0.01)
-LATENCY = log_threshold(0.25, 0.01)
+# What the comparison of both arms must reach: it has the larger part of a trigger's budget.
+ERRORS = log_threshold(0.3 * STEPS, 0.01)
+LATENCY = log_threshold(0.25 * STEPS, 0.01)
 
 
 # The whole of a trigger, from counts to its verdict.
@@ -149,13 +156,14 @@ def test_as_good_as_stable_passes_and_a_little_data_does_neither() -> None:
 
 
 def test_an_epoch_with_one_arm_closed_is_no_evidence() -> None:
-    epochs = (Epoch(1, -1, 0.0), Epoch(2, 4, 1.0))
+    # Without stable in the midst of a step, where the bake's test does not belong.
+    epochs = (Epoch(1, -1, 0.0), Epoch(2, 1, 1.0))
     counts = {
         1: epoch(failures(500, 500), failures(500, 0)),
         2: epoch(failures(500, 500), failures(0, 0)),
     }
     verdict = only(evaluate(rollout(*epochs), snapshot(counts)))
-    assert (verdict.verdict, verdict.log_e) == (Outcome.HOLD, 0.0)
+    assert (verdict.verdict, verdict.log_e) == (Outcome.HOLD, spent(0.0))
     assert verdict.canary == (0, 0)
 
 
@@ -238,7 +246,7 @@ def test_users_who_stick_may_crowd_the_canary_without_making_it_slow() -> None:
 def test_latency_waits_for_bounds() -> None:
     verdict = judged(epoch(failures(100, 0), failures(100, 0)), "latency")
     assert verdict.verdict is Outcome.HOLD
-    assert "waits for enough answers of stable" in verdict.sentence
+    assert "waits for 400 answers of stable to judge by, 0 so far" in verdict.sentence
 
 
 @pytest.mark.parametrize(
@@ -365,6 +373,22 @@ def test_the_budget_burns_in_the_bake_too_unless_stable_burnt_it_likewise(
     assert verdict.verdict.value == outcome
 
 
+def test_what_little_stable_did_before_promotion_is_no_measure_of_it() -> None:
+    # Both fail 2 %; of stable's last 60 requests before the bake none failed.
+    ramp = [
+        Sample(float(t), (180 * t, 18 * t // 5) * 2, (20 * t, 2 * t // 5) * 2) for t in range(500)
+    ]
+    last = ramp[-1]
+    ramp.append(Sample(500.0, (last.stable[0] + 60, *last.stable[1:]), last.canary))
+    bake = [
+        Sample(500.0 + t, ramp[-1].stable, (last.canary[0] + 200 * t, last.canary[1] + 4 * t) * 2)
+        for t in range(1, 298)
+    ]
+    verdict = only(evaluate(rollout(kinds=("slo_burn",)), snapshot(history=(*ramp, *bake))))
+    assert verdict.verdict is not Outcome.FAIL
+    assert "bound 6.0 %" in verdict.sentence
+
+
 def test_a_burst_that_is_over_does_not_burn() -> None:
     before, quiet = steady(0.05, 0.0), 61
     last = before[-1].canary
@@ -420,17 +444,49 @@ def test_bounds_are_stables_quantiles_and_some() -> None:
     stable = answers(some_latencies(5000, 0.020))
     bounds = latency_bounds(stable)
     assert bounds is not None
-    tail, body = (LATENCY_BOUNDS[b] for b in bounds)
+    tail, body, alone = (LATENCY_BOUNDS[b] for b in bounds)
     p50, p99 = np.quantile(some_latencies(5000, 0.020), [0.5, 0.99])
     assert 1.1 <= tail / p99 <= 1.1 * 1.08
     assert 1.25 <= body / p50 <= 1.25 * 1.08
-    assert latency_bounds(answers(some_latencies(99, 0.020))) is None
+    assert 2.0 <= alone / p99 <= 2.0 * 1.08
+    assert latency_bounds(answers(some_latencies(399, 0.020))) is None
 
 
-def test_half_a_millisecond_is_never_slow() -> None:
-    bounds = latency_bounds(answers([0.0004] * 1000))
-    assert bounds is not None
-    assert all(LATENCY_BOUNDS[bound] >= 0.0009 for bound in bounds)
+def test_what_the_floor_says_is_noise_is_never_slow() -> None:
+    stable = answers([0.0004] * 1000)
+    for floor_s in (default_trigger("latency").floor_s, 0.002):
+        bounds = latency_bounds(stable, floor_s)
+        assert bounds is not None
+        assert all(LATENCY_BOUNDS[bound] >= 0.0004 + floor_s for bound in bounds)
+    assert default_trigger("latency").floor_s == 0.0005
+
+
+@pytest.mark.parametrize(("floor_s", "factor"), [(0.0005, 5.0), (0.0, 2.0)])
+def test_a_very_fast_version_that_becomes_slow_fails(floor_s: float, factor: float) -> None:
+    # A median of 0.14 ms, and 99 % within 0.2 ms.
+    def judged_at(slower: float) -> Outcome:
+        stable = answers(some_latencies(9500, 0.00014))
+        canary = answers(some_latencies(500, slower * 0.00014, seed=2))
+        at = Epoch(1, 0, 0.05, latency_bounds=latency_bounds(stable, floor_s))
+        trial = rollout(at, kinds=("latency",))
+        return only(evaluate(trial, snapshot({1: epoch(canary, stable)}))).verdict
+
+    assert np.quantile(some_latencies(9500, 0.00014), 0.99) < 0.000201
+    assert judged_at(factor) is Outcome.FAIL
+    assert judged_at(1.0) is not Outcome.FAIL
+
+
+def test_bounds_move_when_stables_median_has_and_each_time_less_readily() -> None:
+    frozen = latency_bounds(answers(some_latencies(2000, 0.020)))
+    assert frozen is not None
+    slower = answers(some_latencies(2000, 0.030, seed=2))
+    for same in (answers(some_latencies(2000, 0.021, seed=2)), answers([0.030] * 999)):
+        assert moved_bounds(frozen, same, 0) is None
+    assert moved_bounds(frozen, slower, 0) == latency_bounds(slower)
+    assert moved_bounds(frozen, slower, 1) == latency_bounds(slower)
+    assert moved_bounds(frozen, slower, 2) is None
+    quicker = answers(some_latencies(2000, 0.014, seed=2))
+    assert moved_bounds(frozen, quicker, 0) == latency_bounds(quicker)
 
 
 def test_no_bound_past_the_last_bucket() -> None:
@@ -468,7 +524,7 @@ def test_the_simulation_and_the_trigger_weigh_alike() -> None:
                 for i in range(step + 1)
             }
             verdict = only(evaluate(rollout(*epochs[: step + 1]), snapshot(counts)))
-            assert verdict.log_e == pytest.approx(found[trial], abs=1e-9)
+            assert verdict.log_e == pytest.approx(spent(found[trial]), abs=1e-9)
             compared += 1
     assert compared == 18
 

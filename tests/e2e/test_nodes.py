@@ -1,4 +1,7 @@
-"""Two Ray nodes: the gateway on one serves a replica on the other, over TCP with mutual TLS."""
+"""A cluster of two Ray nodes: `serving up` deploys on it and returns, `down` removes it.
+
+The gateway on one node serves a replica on the other, over TCP with mutual TLS.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def ray_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         cluster.shutdown()
 
 
-def test_a_replica_on_another_node_is_reached_by_mutual_tls_only(
+def test_on_a_cluster_it_deploys_returns_and_is_removed_and_nodes_talk_by_mutual_tls_only(
     home: Path, ray_address: str
 ) -> None:
     deployment = Deployment(
@@ -49,7 +52,9 @@ def test_a_replica_on_another_node_is_reached_by_mutual_tls_only(
     up = serving("up", "-f", deployment.file, home=home, env=env)
     try:
         assert up.returncode == 0, up.stderr
-        assert "ready" in up.stdout
+        assert "ready: " in up.stdout
+        status = serving("status", "-f", deployment.file, home=home)
+        assert "ready" in status.stdout, status.stderr
         endpoint = only_endpoint(deployment)
         assert endpoint["tcp"], "the replica listens for other nodes"
         assert {r["node"] for r in replicas(deployment, "mlp")} == {endpoint["node"]}
@@ -64,14 +69,17 @@ def test_a_replica_on_another_node_is_reached_by_mutual_tls_only(
         assert refuses(host, int(port), anonymous()), "a client without a certificate is answered"
         assert refuses(host, int(port), stranger(home)), "another CA's certificate is accepted"
         again = serving("up", "-f", deployment.file, home=home, env=env)
-        assert again.returncode != 0
+        assert again.returncode == 1
         assert "already runs" in again.stderr
     finally:
         down = serving("down", "-f", deployment.file, home=home, env=env)
     assert down.returncode == 0, down.stderr
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", deployment.port), 5)
-    assert serving("down", "-f", deployment.file, home=home, env=env).returncode != 0
+    assert serving("status", "-f", deployment.file, home=home).returncode == 1
+    nothing = serving("down", "-f", deployment.file, home=home, env=env)
+    assert nothing.returncode == 1
+    assert "nothing of ours" in nothing.stderr
 
 
 def only_endpoint(deployment: Deployment) -> Any:

@@ -28,6 +28,8 @@ QUICK = {
     "bake": {"duration": "2s"},
 }
 GOOD, FAILING, BROKEN = "2", "3", "4"
+GATEWAYS = 2
+ROLLBACK_MS = 250
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,8 @@ def deployment(home: Path, tmp_path: Path) -> Iterator[Deployment]:
     own = tmp_path / "home"
     own.mkdir()
     shutil.copy(home / "registry.db", own)
-    with Deployment(own, {"double": {"version": "1", "rollout": HELD}}) as running:
+    models = {"double": {"version": "1", "rollout": HELD}}
+    with Deployment(own, models, gateway={"replicas": GATEWAYS}) as running:
         yield running
 
 
@@ -114,6 +117,9 @@ def test_a_healthy_version_is_promoted(deployment: Deployment) -> None:
         after = load.count
         until(deployment, "rolled_back", 10)
         load.wait_for(after + RATE)
+    took_ms = rollout(deployment)["rollback_ms"]
+    assert 0 < took_ms < ROLLBACK_MS
+    assert "serving_rollback_seconds{" in deployment.metrics()
     assert load.failed == {}
     assert load.broken == []
     assert {version for _, version in load.answers} == {"1", GOOD}
@@ -127,6 +133,7 @@ def test_a_version_that_fails_one_request_in_twenty_is_taken_back_unnoticed(
     load = under_load(deployment, FAILING, "rolled_back")
     assert load.failed == {}
     assert load.broken == []
+    assert 0 < rollout(deployment)["rollback_ms"] < ROLLBACK_MS
     (failed,) = (v for v in rollout(deployment)["verdicts"] if v["verdict"] == "fail")
     assert failed["trigger"] == "errors"
     explained = serving("rollout", "explain", "double", home=deployment.home)

@@ -30,7 +30,8 @@ from serving.gateway.batcher import ArmBatcher
 from serving.gateway.http import HttpConnection
 from serving.gateway.server import GatewayServer
 from serving.replica.backends.base import Backend
-from serving.replica.engine import Engine, rules_for
+from serving.replica.engine import Engine
+from serving.replica.rules import rules_for
 from serving.replica.server import ReplicaServer, TlsListener
 from tests.gateway.client import Client
 

@@ -6,7 +6,8 @@ import json
 import sys
 
 from serving.core.types import Signature
-from serving.replica.engine import Engine, rules_for
+from serving.replica.engine import Engine
+from serving.replica.rules import rules_for
 from serving.replica.server import ReplicaServer
 from tests.gateway.models import ScriptedBackend
 

@@ -130,7 +130,8 @@ def test_poison_under_load(gateway: Gateway, processes: Start) -> None:
         assert client.ask(infer("m", KILLS_REPLICA)).status == 503
         load.more(100)
     assert load.wrong == []
-    assert sum(r.dead for r in replicas) == 2
+    # Its connections are gone a moment before the process.
+    eventually(lambda: sum(r.dead for r in replicas) == 2)
     assert gateway.outcomes("m")["unavailable"] == 1
 
 
@@ -160,7 +161,7 @@ def test_a_stopped_gateway_does_not_blame_its_replicas(
     gateway: Gateway, processes: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loop that was held up for long finds its heartbeats answered."""
-    monkeypatch.setattr(links, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(links, "HEARTBEAT_S", 0.1)
     replica = processes("a")
     gateway.publish(arm("m", [replica]))
     batcher = gateway.batcher("m")

@@ -129,12 +129,12 @@ def test_a_busy_replica_is_kept_free_for_suspects(gateway: Gateway, new: NewRepl
             other.send(infer("m", 100 + i, parameters={"priority": 1}))
         gateway.until(lambda: batcher.queue_depth == 4)
         first.stop()
-        gateway.until(lambda: batcher._reserved is not None)
+        gateway.until(lambda: batcher._links.reserved is not None)
         for survivor in survivors:
             survivor.backend.gate.set()
         assert answers(clients) == doubled(count)
         assert answers(others) == [200, 202, 204, 206]
-        assert gateway.run(lambda: batcher._reserved) is None
+        assert gateway.run(lambda: batcher._links.reserved) is None
 
 
 def test_one_replica_serves_suspects_and_others_in_turn(gateway: Gateway, new: NewReplica) -> None:
@@ -312,7 +312,7 @@ def test_suspects_that_are_too_late_reserve_no_replica(gateway: Gateway, new: Ne
             gateway.until(lambda i=i: batcher.in_flight == 5 + i)
         gateway.publish(arm("m", [only]), ready=False)
         first.stop()
-        gateway.until(lambda: batcher._reserved is not None)
+        gateway.until(lambda: batcher._links.reserved is not None)
         other.send(infer("m", 500))
         gateway.until(lambda: batcher.queue_depth == 5)
         paused(gateway, only.backend.gate.set)

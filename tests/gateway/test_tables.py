@@ -343,3 +343,15 @@ def test_without_a_controller_the_last_table_stays(gateway: Gateway, new: NewRep
         gateway.controller.away = False
         gateway.publish(arm("m", [only], role="next"))
         assert client.ask(infer("m", 1)).headers["x-arm"] == "next"
+
+
+def test_a_new_table_is_confirmed_at_once(gateway: Gateway) -> None:
+    """By itself this gateway reports once an hour."""
+
+    def confirmed() -> bool:
+        reports = gateway.controller.reports
+        return bool(reports) and reports[-1]["revision"] == gateway.server.routes.table.revision
+
+    for _ in range(2):
+        gateway.publish()
+        eventually(confirmed, "a report of the new table")

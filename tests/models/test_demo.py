@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,10 +23,18 @@ def directory() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.fixture
-def demo(directory: Path) -> Iterator[subprocess.Popen[str]]:
+# The demo with its first version only: training the others takes the most time.
+SHORT = """
+from models.digits import demo
+demo._VERSIONS = demo._VERSIONS[:1]
+raise SystemExit(demo.main())
+"""
+
+
+@contextmanager
+def demo(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "models.digits.demo"],
+        [sys.executable, "-u", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -33,8 +42,10 @@ def demo(directory: Path) -> Iterator[subprocess.Popen[str]]:
         start_new_session=True,
     )
     with process:
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def marked(directory: Path) -> list[psutil.Process]:
@@ -49,9 +60,10 @@ def marked(directory: Path) -> list[psutil.Process]:
     return found
 
 
-def test_a_better_version_is_promoted_a_bad_one_taken_back_and_nothing_is_left(demo, directory):
-    output, _ = demo.communicate(timeout=280)
-    assert demo.returncode == 0, output
+def test_a_better_version_is_promoted_a_bad_one_taken_back_and_nothing_is_left(directory):
+    with demo(directory, "-m", "models.digits.demo") as process:
+        output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
     rows = {
         version: (digest, runtime, accuracy)
         for version, digest, runtime, accuracy in re.findall(
@@ -67,13 +79,14 @@ def test_a_better_version_is_promoted_a_bad_one_taken_back_and_nothing_is_left(d
     assert list(directory.glob("serving-demo-*")) == []
 
 
-def test_interrupted_at_the_start_of_the_gateway_it_leaves_nothing(demo, directory):
-    for line in demo.stdout:
-        if "version 3 trained and registered" in line:
-            break
-    os.killpg(demo.pid, signal.SIGINT)
-    output, _ = demo.communicate(timeout=120)
-    assert demo.returncode == 130, output
+def test_interrupted_at_the_start_of_the_gateway_it_leaves_nothing(directory):
+    with demo(directory, "-c", SHORT) as process:
+        for line in process.stdout:
+            if "version 1 trained and registered" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
     assert output.splitlines()[-1] == "demo: interrupted; everything it started is stopped"
     assert marked(directory) == []
     assert list(directory.glob("serving-demo-*")) == []

@@ -15,8 +15,9 @@ import pytest
 from serving.artifacts import ONNX_PLATFORM
 from serving.core.types import Signature
 from serving.replica.backends.base import Backend
-from serving.replica.engine import Engine, rules_for
+from serving.replica.engine import Engine
 from serving.replica.inspect import inspect
+from serving.replica.rules import rules_for
 from serving.replica.server import ReplicaServer, TlsListener
 
 from . import models
@@ -73,6 +74,7 @@ class Gate:
         self.inner = inner
         self.signature: Signature = inner.signature
         self.platform, self.device, self.precision = inner.platform, inner.device, inner.precision
+        self.meter = inner.meter
         self.batches: list[int] = []
         self.entered = threading.Semaphore(0)
         self._may_run = threading.Semaphore(0)
@@ -85,6 +87,9 @@ class Gate:
         self.entered.release()
         assert self._may_run.acquire(timeout=30)
         return self.inner.run(inputs)
+
+    def check(self) -> None:
+        self.inner.check()
 
     def close(self) -> None:
         self.inner.close()

@@ -20,7 +20,10 @@ import pytest
 from serving import compose, tls
 from serving.artifacts import build_manifest, place_copy
 from serving.control_link import CONTROLLER_APP
-from serving.core.replica import ReplicaSpec
+from serving.core.ledger import ReplicaUsage
+from serving.core.replica import GpuLease, ReplicaSpec
+from serving.errors import DeviceError, Unavailable
+from serving.replica.backends import cuda
 
 from . import models
 from .client import Client
@@ -41,6 +44,7 @@ class Recorder:
 
     def __init__(self, log: str, bundle: str, ca: str) -> None:
         self.log, self.bundle, self.ca = log, Path(bundle), Path(ca)
+        self.asked: set[str] = set()
         self._write({"controller": os.getpid()})
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -49,6 +53,21 @@ class Recorder:
 
     async def announce(self, info: dict[str, Any]) -> None:
         self._write(info)
+
+    async def lease_gpu(self, app: str, replica: str, node: str, pid: int) -> dict[str, Any]:
+        asked = replica in self.asked
+        self.asked.add(replica)
+        self._write({"leased": replica, "app": app, "node": node, "pid": pid})
+        if app == "model-full":
+            return {"error": "needs 9 GiB, 2 GiB are free", "slug": DeviceError.slug}
+        if not asked:
+            return {"error": "the GPUs are not known yet", "slug": Unavailable.slug}
+        if app == "model-auto":
+            return {"lease": None}
+        return {"lease": GpuLease("l", "GPU-7", 2 << 30, 80 << 30).to_dict()}
+
+    async def release_gpu(self, replica: str) -> None:
+        self._write({"released": replica})
 
     async def manifest(self, digest: str) -> dict[str, Any]:
         return build_manifest(self.bundle).to_dict()
@@ -59,6 +78,33 @@ class Recorder:
     async def issue_certificate(self, csr_pem: str) -> dict[str, str]:
         ca = tls.ensure_ca(self.ca)
         return {"cert": tls.sign_csr(self.ca, csr_pem.encode()).decode(), "ca": ca.decode()}
+
+
+def breakable_replica() -> type:
+    """A replica on a GPU of which the inputs -1 and -2 break something."""
+    from serving.replica.backends.faults import FatalDeviceError
+    from serving.replica.deployment import ModelReplica
+
+    class Breakable(ModelReplica.func_or_class):
+        async def _load(self) -> None:
+            await super()._load()
+            backend = self._loaded.engine.backend
+            run, check, fallen_back = backend.run, backend.check, []
+
+            def breakable_run(inputs: list[np.ndarray]) -> list[np.ndarray]:
+                if (inputs[0] == -1).any():
+                    raise FatalDeviceError("an illegal memory access was encountered")
+                fallen_back.extend((inputs[0] == -2).any(1))
+                return run(inputs)
+
+            def breakable_check() -> None:
+                check()
+                if any(fallen_back):
+                    raise DeviceError("the model runs on the CPU")
+
+            backend.run, backend.check = breakable_run, breakable_check
+
+    return Breakable
 
 
 class Cluster:
@@ -81,12 +127,13 @@ class Cluster:
         arguments = (str(self.log), str(self.bundle.directory), str(self.directory / "ca"))
         serve.run(bound.bind(*arguments), name=CONTROLLER_APP, route_prefix=None)
 
-    def deploy(self, name: str, spec: ReplicaSpec) -> None:
+    def deploy(self, name: str, spec: ReplicaSpec, *, breakable: bool = False) -> None:
         from ray import serve
 
         from serving.replica.deployment import ModelReplica
 
-        app = ModelReplica.options(**OPTIONS).bind(spec.to_dict())
+        replica = serve.deployment(breakable_replica()) if breakable else ModelReplica
+        app = replica.options(**OPTIONS).bind(spec.to_dict())
         serve.run_many(
             [serve.RunTarget(app, name=name, route_prefix=None)],
             wait_for_applications_running=False,
@@ -100,8 +147,7 @@ class Cluster:
             home=str(self.directory / "home"),
             run_dir=str(self.directory / "run"),
             app=f"model-{name}",
-            device="cpu",
-            **settings,
+            **{"device": "cpu", **settings},
         )
 
     def entries(self) -> list[dict[str, Any]]:
@@ -164,6 +210,19 @@ def test_a_replica_fetches_its_artifact_announces_itself_and_serves(cluster: Clu
     assert info["tcp"] is None
     assert info["rss_bytes"] > 1 << 20
     assert info["load_s"] > 0
+    assert {k: info[k] for k in ("gpu", "lease_bytes", "profile", "ceiling", "fatal")} == {
+        "gpu": None,
+        "lease_bytes": None,
+        "profile": None,
+        "ceiling": None,
+        "fatal": None,
+    }
+    assert info["oom_batches"] == 0
+    usage = info["usage"]
+    assert ReplicaUsage.from_dict(usage) == ReplicaUsage(
+        up_ns=usage["up_ns"], warmup_ns=int(info["load_s"] * 1e9)
+    )
+    assert usage["up_ns"] >= usage["warmup_ns"] > 0
     serves(info["unix"])
     with Client.unix(info["unix"]) as client:
         assert client.hello == {k: info[k] for k in ("model", "version", "digest", "replica")}
@@ -215,6 +274,67 @@ def test_a_replica_on_another_node_is_reached_by_mutual_tls_only(cluster: Cluste
         pytest.raises((ConnectionError, EOFError)),
     ):
         Client(plain)
+
+
+def test_a_replica_whose_gpu_broke_says_so_ends_and_is_replaced(cluster: Cluster) -> None:
+    cluster.deploy("model-b", cluster.spec("b"), breakable=True)
+    info = cluster.heard("ready", lambda e: e["model"] == "b")
+    process = os.pidfd_open(info["pid"])
+    with Client.unix(info["unix"]) as client:
+        client.send_infer(np.full((1, 4), -1, np.float32))
+        with suppress(ConnectionResetError):
+            assert client.sock.recv(1) == b"", "a batch that met a broken GPU gets no answer"
+    assert select.select([process], [], [], 30)[0], "the process has not ended"
+    os.close(process)
+    last = cluster.heard("draining", lambda e: e["pid"] == info["pid"])
+    assert last["fatal"] == "an illegal memory access was encountered"
+    successor = cluster.heard("ready", lambda e: e["model"] == "b" and e["pid"] != info["pid"])
+    assert successor["fatal"] is None
+    serves(successor["unix"])
+
+
+def test_a_replica_whose_model_left_its_device_is_replaced(cluster: Cluster) -> None:
+    served = [e for e in cluster.entries() if e.get("model") == "b" and e["state"] == "ready"]
+    info = served[-1]
+    process = os.pidfd_open(info["pid"])
+    with Client.unix(info["unix"]) as client:
+        client.infer(np.full((1, 4), -2, np.float32))
+    assert select.select([process], [], [], 60)[0], "the process has not ended"
+    os.close(process)
+    successor = cluster.heard(
+        "ready",
+        lambda e: (
+            e["model"] == "b"
+            and e["pid"] != info["pid"]
+            and e["replica"] not in {s["replica"] for s in served}
+        ),
+    )
+    serves(successor["unix"])
+
+
+def test_a_replica_that_may_use_a_gpu_asks_for_a_share_until_the_controller_knows(
+    cluster: Cluster,
+) -> None:
+    cluster.deploy("model-auto", cluster.spec("auto", device="auto"))
+    info = cluster.heard("ready", lambda e: e["model"] == "auto")
+    asked = [e for e in cluster.entries() if e.get("leased") == info["replica"]]
+    assert len(asked) >= 2
+    wanted = {k: info[k] for k in ("app", "node", "pid")}
+    assert {k: asked[0][k] for k in wanted} == wanted
+    serves(info["unix"])
+
+
+def test_a_refused_share_reaches_the_controller_in_its_own_words(cluster: Cluster) -> None:
+    cluster.deploy("model-full", cluster.spec("full", device="auto"))
+    info = cluster.heard("failed", lambda e: e["model"] == "full")
+    assert info["error"] == "needs 9 GiB, 2 GiB are free"
+
+
+@pytest.mark.skipif(cuda.missing_cuda() is None, reason="there is a GPU here")
+def test_who_was_given_a_gpu_that_is_not_there_never_runs_on_the_cpu(cluster: Cluster) -> None:
+    cluster.deploy("model-gone", cluster.spec("gone", device="auto"))
+    info = cluster.heard("failed", lambda e: e["model"] == "gone")
+    assert info["error"].startswith("device: cuda: no NVIDIA driver is installed here")
 
 
 def test_a_load_failure_reaches_the_controller_in_one_sentence(cluster: Cluster) -> None:

@@ -28,10 +28,11 @@ from serving.core.types import Batch, Signature, TensorSpec
 from serving.errors import ArtifactError, DeviceError
 from serving.replica.backends import cuda
 from serving.replica.backends.base import Backend
-from serving.replica.engine import Engine, rules_for
+from serving.replica.engine import Engine
 from serving.replica.golden import compare, load_arrays, run_sample, save_arrays, warm_up
 from serving.replica.loading import load_engine
 from serving.replica.probing import to_bfloat16
+from serving.replica.rules import rules_for
 
 from . import models
 from .conftest import Gate
@@ -79,7 +80,7 @@ def bundle(tmp_path: Path, home: Path) -> Bundle:
 
 def test_a_good_bundle_loads_and_is_fetched_once(bundle: Bundle) -> None:
     for _ in range(2):
-        engine = load_engine(bundle.spec(device="cpu"), bundle.fetch)
+        engine = load_engine(bundle.spec(device="cpu"), bundle.fetch).engine
         np.testing.assert_allclose(run_sample(engine, [X])[0], X @ models.LINEAR_W)
     assert bundle.fetched == 1
 

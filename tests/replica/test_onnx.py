@@ -16,12 +16,14 @@ from serving.errors import ArtifactError, DeviceError, InvalidRequest
 from serving.replica.backends import cuda
 from serving.replica.backends import onnx as backend_module
 from serving.replica.backends.base import RuntimeOptions
+from serving.replica.backends.faults import FatalDeviceError
 from serving.replica.backends.onnx import BoundSession, OnnxBackend
 from serving.replica.probing import to_bfloat16
 
 from . import models
 from .client import Client, Failed
 from .conftest import Serve
+from .fakes import FakeMeter
 
 no_gpu = pytest.mark.skipif(cuda.missing_cuda() is None, reason="there is a GPU here")
 ELEMENT_TYPES = {
@@ -196,12 +198,68 @@ def test_a_provider_that_does_not_start_is_no_silent_fallback(
     # The driver is said to be there, ONNX Runtime's CUDA provider then really fails to load.
     monkeypatch.setattr(backend_module, "missing_cuda", lambda: None)
     monkeypatch.setattr(backend_module, "require_cuda", lambda asked: None)
+    monkeypatch.setattr(backend_module, "DriverMeter", FakeMeter)
     model = models.linear(tmp_path / "m.onnx")
     with pytest.raises(DeviceError, match=r"device: cuda: ONNX Runtime cannot use the GPU"):
         OnnxBackend(model, RuntimeOptions("cuda"), models.LINEAR)
     backend = OnnxBackend(model, RuntimeOptions("auto"), models.LINEAR)
-    assert backend.device == "cpu"
+    assert (backend.device, backend.meter) == ("cpu", None)
     assert "running on the CPU" in caplog.text
+
+
+def test_a_provider_that_fails_in_a_run_is_no_silent_fallback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # By default a session whose provider fails makes itself anew on the CPU and runs there.
+    backend = OnnxBackend(models.linear(tmp_path / "m.onnx"), RuntimeOptions("cpu"), models.LINEAR)
+    failure = ort.capi.onnxruntime_pybind11_state.EPFail("CUDA failure 1: invalid argument")
+
+    class Broken:
+        def __init__(self, session: Any) -> None:
+            self.session = session
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.session, name)
+
+        def run(self, *_: object) -> list[np.ndarray]:
+            raise failure
+
+    monkeypatch.setattr(backend._session, "_sess", Broken(backend._session._sess))
+    with pytest.raises(type(failure), match="CUDA failure 1"):
+        backend.run([np.ones((1, 4), np.float32)])
+    assert "Falling back" not in capfd.readouterr().out
+
+
+def test_a_session_that_left_its_device_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = OnnxBackend(models.linear(tmp_path / "m.onnx"), RuntimeOptions("cpu"), models.LINEAR)
+    backend.check()
+    monkeypatch.setattr(backend, "_provider", "CUDAExecutionProvider")
+    sentence = "the model runs on CPUExecutionProvider, it was loaded on CUDAExecutionProvider"
+    with pytest.raises(DeviceError, match=sentence):
+        backend.check()
+
+
+def test_a_context_that_broke_is_found_by_a_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = OnnxBackend(models.linear(tmp_path / "m.onnx"), RuntimeOptions("cpu"), models.LINEAR)
+    monkeypatch.setattr(backend, "device", "cuda:0")
+    monkeypatch.setattr(backend_module, "context_fault", lambda: "an illegal address")
+    with pytest.raises(FatalDeviceError, match="in this process: an illegal address"):
+        backend.check()
+
+
+def test_io_binding_works_on_after_it_gave_back_its_memory(tmp_path: Path) -> None:
+    model = models.linear(tmp_path / "m.onnx")
+    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    bound = BoundSession(session, models.LINEAR, "cpu", 0)
+    x = np.ones((3, 4), np.float32)
+    before = bound.run([x])[0]
+    bound.shed()
+    assert bound.shapes_kept == 0
+    np.testing.assert_array_equal(bound.run([x])[0], before)
 
 
 @pytest.mark.parametrize(

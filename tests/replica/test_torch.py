@@ -23,7 +23,6 @@ from .conftest import Serve
 from .test_onnx import values
 
 no_gpu = pytest.mark.skipif(cuda.missing_cuda() is None, reason="there is a GPU here")
-needs_gpu = pytest.mark.skipif(cuda.missing_cuda() is not None, reason="there is no GPU here")
 
 
 def inputs(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -212,13 +211,11 @@ def test_asking_for_a_gpu_that_is_not_there_is_refused(
         TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("cuda"), models.NET)
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_a_gpu_gives_what_the_cpu_gives(net: Path) -> None:
-    backend = TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("cuda"), models.NET)
-    assert backend.device == "cuda:0"
-    kept = [(n, backend.run(list(inputs(n)))) for n in (1, 7, 64, 3)]
-    for n, (logits, best) in kept:
-        want = expected(*inputs(n))
-        np.testing.assert_allclose(logits, want["logits"], rtol=1e-2, atol=1e-2)
-        np.testing.assert_array_equal(best, want["best"])
+def test_weights_that_are_elsewhere_are_found_out(
+    net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("cpu"), models.NET)
+    backend.check()
+    monkeypatch.setattr(backend, "device", "cuda:0")
+    with pytest.raises(DeviceError, match=r"the weights '.*' are on cpu, not cuda:0"):
+        backend.check()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.replica.watchdog import EXIT_STALLED
+from serving.replica.leaving import EXIT_STALLED
 
 from .client import Client
 
@@ -21,7 +21,8 @@ _HANGING_REPLICA = """
 import sys, threading, time
 import numpy as np
 from serving.core.types import Batch, Signature, TensorSpec
-from serving.replica.engine import BatchRules, Engine
+from serving.replica.engine import Engine
+from serving.replica.rules import BatchRules
 from serving.replica.server import ReplicaServer
 from serving.replica.watchdog import Watchdog
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import inspect
 
+from serving.store import engine as engines
 from serving.store.sql import Store, open_store
 from tests.services import missing
 
@@ -85,6 +87,24 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     with psycopg.connect(host=host, user="postgres", autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE "{name}"')
     return server.format(database=name)
+
+
+_TABLES = {
+    "0001": {"pins", "desired", "route_table", "counters", "events"},
+    "0003": {"pins", "desired", "route_table", "counters", "events"}
+    | {"versions", "rollouts", "audit"},
+}
+
+
+def put_back(url: str, revision: str) -> None:
+    """Make the schema that of an earlier revision; what its tables hold stays."""
+    engine = engines.connect(url)
+    with engines.begin(engine, write=True) as connection:
+        for table in set(inspect(connection).get_table_names()) - _TABLES[revision]:
+            if table not in ("alembic_version", "sqlite_sequence"):
+                connection.exec_driver_sql(f"DROP TABLE {table}")
+        connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{revision}'")
+    engine.dispose()
 
 
 class Clock:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from serving.errors import ConflictError, StoreError
+from serving.errors import ConfigError, ConflictError, StoreError
 from serving.store import engine as engines
-from serving.store.audit import FIRST_HASH, AuditEntry
-from serving.store.sql import PinRow, RolloutRow, Store
-from tests.store.conftest import Clock
+from serving.store.audit import FIRST_HASH, AuditEntry, Head
+from serving.store.sql import PinRow, RolloutRow, Store, open_store
+from tests.store.conftest import Clock, put_back
 
 
 def rollout(number: int, *, model: str = "m", finished_at: float | None = None) -> RolloutRow:
@@ -104,14 +104,16 @@ def test_rollouts_are_listed_newest_first(store: Store) -> None:
 
 
 def test_the_log_is_a_chain(store: Store) -> None:
-    assert store.verify_audit() == "the audit log is empty"
+    assert store.verify_audit().sentence == "the audit log is empty"
     store.commit(audit=[entry(1), entry(2)])
     store.commit(audit=[entry(3)])
     rows = store.audit()
     assert [row.seq for row in rows] == [1, 2, 3]
     assert [row.prev_hash for row in rows] == [FIRST_HASH, rows[0].hash, rows[1].hash]
-    assert store.verify_audit().startswith("3 entries, as written")
-    assert rows[-1].hash in store.verify_audit()
+    end = store.verify_audit()
+    assert end == Head(3, rows[-1].hash)
+    assert end.sentence.startswith("3 entries, as written")
+    assert end.sentence.endswith(f"{rows[-1].hash}@3")
 
 
 def test_the_log_is_read_in_pages_and_from_its_end(store: Store) -> None:
@@ -151,6 +153,80 @@ def test_a_forged_entry_needs_every_later_hash(url: str, store: Store) -> None:
         store.verify_audit()
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_log_that_was_cut_off_shows(url: str, store: Store, kept: int) -> None:
+    store.commit(audit=[entry(n) for n in (1, 2, 3)])
+    tamper(url, f"DELETE FROM audit WHERE seq > {kept}")
+    with pytest.raises(StoreError, match=f"ends with entry {kept}, but once had 3"):
+        store.verify_audit()
+    # Going on writing does not heal it.
+    store.commit(audit=[entry(4)])
+    with pytest.raises(StoreError, match=f"entry {kept + 1} is missing; entry 4 comes instead"):
+        store.verify_audit()
+
+
+@pytest.mark.parametrize(
+    ("statement", "sentence"),
+    [
+        ("UPDATE audit_head SET seq = 2", "entry 2 has not the hash that was noted"),
+        (f"UPDATE audit_head SET hash = '{'f' * 64}'", "entry 3 has not the hash that was noted"),
+        ("UPDATE audit_head SET seq = 9", "ends with entry 3, but once had 9"),
+        ("DELETE FROM audit_head", "ends with entry 3, but by the record of its end with none"),
+        (
+            "UPDATE audit_head SET seq = 2, hash = (SELECT hash FROM audit WHERE audit.seq = 2)",
+            "ends with entry 3, but by the record of its end with 2",
+        ),
+    ],
+)
+def test_a_changed_record_of_the_end_shows_and_stops_nobody(
+    url: str, store: Store, statement: str, sentence: str
+) -> None:
+    store.commit(audit=[entry(n) for n in (1, 2, 3)])
+    tamper(url, statement)
+    with pytest.raises(StoreError, match=sentence):
+        store.verify_audit()
+    store.commit(audit=[entry(4)])
+    assert store.audit(limit=1)[0].body == entry(4).body
+
+
+def test_both_changed_shows_by_what_was_noted_elsewhere(url: str, store: Store) -> None:
+    store.commit(audit=[entry(n) for n in (1, 2, 3)])
+    noted = store.verify_audit()
+    store.commit(audit=[entry(4)])
+    assert store.verify_audit(noted).count == 4
+    tamper(url, "DELETE FROM audit WHERE seq > 2")
+    tamper(
+        url, "UPDATE audit_head SET seq = 2, hash = (SELECT hash FROM audit WHERE audit.seq = 2)"
+    )
+    assert store.verify_audit().count == 2, "nothing in the store tells any more"
+    with pytest.raises(StoreError, match="ends with entry 2, but once had 3"):
+        store.verify_audit(noted)
+    # And made anew to the old length:
+    store.commit(audit=[entry(5), entry(6)])
+    with pytest.raises(StoreError, match="entry 3 has not the hash that was noted"):
+        store.verify_audit(noted)
+
+
+def test_an_end_is_noted_as_text() -> None:
+    end = Head(12, "0a" * 32)
+    assert Head.parse(str(end)) == end
+    for wrong in ("", "12", f"{'0a' * 32}", f"{'0a' * 32}@0", f"{'0A' * 32}@3", f" {end}"):
+        with pytest.raises(ConfigError, match="is no end of a log; allowed: HASH@COUNT"):
+            Head.parse(wrong)
+
+
+def test_a_log_of_an_earlier_version_gets_the_record_of_its_end(url: str, store: Store) -> None:
+    store.commit(audit=[entry(n) for n in (1, 2)])
+    before = store.verify_audit()
+    store.close()
+    put_back(url, "0003")
+    migrated = open_store(url)
+    assert migrated.verify_audit() == before
+    migrated.commit(audit=[entry(3)])
+    assert migrated.verify_audit(before).count == 3
+    migrated.close()
+
+
 def test_writers_extend_one_chain(opened: Callable[[], Store]) -> None:
     stores = [opened() for _ in range(3)]
 
@@ -163,10 +239,10 @@ def test_writers_extend_one_chain(opened: Callable[[], Store]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert stores[0].verify_audit().startswith("15 entries")
+    assert stores[0].verify_audit().count == 15
 
 
 def test_what_json_changes_is_no_forgery(store: Store, clock: Clock) -> None:
     body: dict[Any, Any] = {1: (1, 2), "z": {2: 1e22}, "a": -0.0}
     store.commit(audit=[AuditEntry(5, "bob", "x", "m", body)])
-    assert store.verify_audit().startswith("1 entry")
+    assert store.verify_audit().sentence.startswith("1 entry,")

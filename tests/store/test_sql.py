@@ -14,7 +14,7 @@ from serving.errors import ConflictError, StoreError
 from serving.store import engine as engines
 from serving.store.schema import metadata
 from serving.store.sql import Event, PinRow, Store, open_store
-from tests.store.conftest import Clock
+from tests.store.conftest import Clock, put_back
 
 CHAMPION = PinRow("digits", "@champion", "2", "sha256:b", 12.5)
 FIRST = PinRow("digits", "1", "1", "sha256:a", 12.0)
@@ -219,12 +219,7 @@ def test_the_migrations_build_the_tables_that_the_code_uses(url: str, store: Sto
 def test_what_an_earlier_version_pinned_is_known(url: str, store: Store) -> None:
     store.commit(desired={}, pins=[FIRST, CHAMPION], event=("apply", {}))
     store.close()
-    engine = engines.connect(url)
-    with engines.begin(engine, write=True) as connection:
-        for table in ("versions", "rollouts", "audit"):
-            connection.exec_driver_sql(f"DROP TABLE {table}")
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
-    engine.dispose()
+    put_back(url, "0001")
     migrated = open_store(url)
     assert migrated.digests() == {("digits", "1"): "sha256:a", ("digits", "2"): "sha256:b"}
     migrated.close()

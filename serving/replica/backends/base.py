@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from serving.artifacts import ONNX_PLATFORM, read_signature
-from serving.core.replica import ReplicaSpec
+from serving.core.replica import GpuLease, ReplicaSpec
 from serving.core.types import Signature
+from serving.errors import DeviceError
+from serving.replica.backends.meters import Meter
 
 Array = npt.NDArray[Any]
 
@@ -21,16 +23,24 @@ class RuntimeOptions:
     """How to load a model.
 
     `device` is auto, cpu or cuda; the mappings hold the fields of OnnxConfig and TorchConfig.
+    `memory_limit_bytes` is the most GPU memory that the process may hold, None for no limit.
     """
 
     device: str = "auto"
     onnx: Mapping[str, Any] = field(default_factory=dict)
     torch: Mapping[str, Any] = field(default_factory=dict)
+    memory_limit_bytes: int | None = None
 
     @classmethod
-    def from_spec(cls, spec: ReplicaSpec) -> RuntimeOptions:
-        """The part of a replica's settings that a runtime needs."""
-        return cls(spec.device, spec.onnx, spec.torch)
+    def from_spec(cls, spec: ReplicaSpec, lease: GpuLease | None = None) -> RuntimeOptions:
+        """The part of a replica's settings that a runtime needs.
+
+        Who holds a lease of a GPU runs on it: `auto` is then `cuda`.
+        """
+        if lease is None:
+            return cls(spec.device, spec.onnx, spec.torch)
+        device = "cuda" if spec.device == "auto" else spec.device
+        return cls(device, spec.onnx, spec.torch, lease.bytes)
 
 
 class Backend(Protocol):
@@ -42,16 +52,29 @@ class Backend(Protocol):
     always by the same thread.
 
     `precision` is the datatype that the arithmetic is done in (FP32, TF32, FP16, …), which decides
-    how closely golden outputs must be met.
+    how closely golden outputs must be met. `meter` reads the GPU memory that the process holds; it
+    is None on the CPU.
     """
 
     signature: Signature
     platform: str
     device: str
     precision: str
+    meter: Meter | None
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """Run the model once. Raises `InvalidRequest` for bad values, or the runtime's error."""
+        """Run the model once.
+
+        Raises `InvalidRequest` for bad values, `MemoryExhausted` where fewer rows might fit,
+        `FatalDeviceError` where this process can use the device no more, or the runtime's error.
+        """
+
+    def check(self) -> None:
+        """Make sure that the model still is on `device` and that it works.
+
+        Raises `DeviceError` if the model is elsewhere, `FatalDeviceError` if the device is of no
+        more use to this process. Waits for no run.
+        """
 
     def close(self) -> None:
         """Free the model."""
@@ -89,6 +112,32 @@ def one_line(error: BaseException) -> str:
     # TorchScript's interpreter puts its traceback first and the reason last.
     reason = lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]
     return reason[:300]
+
+
+def allocator_limit(meter: Meter) -> int | None:
+    """How many bytes a runtime's allocator may take, beside what the process already holds.
+
+    None where there is no limit. Raises `DeviceError` if nothing is left.
+    """
+    if meter.limit_bytes is None:
+        return None
+    left = meter.limit_bytes - meter.context_bytes
+    if left <= 0:
+        raise DeviceError(
+            f"this replica may hold {meter.limit_bytes} bytes of {meter.uuid}, and CUDA's context "
+            f"alone takes {meter.context_bytes}: give the model more (gpu_memory_bytes)"
+        )
+    return left
+
+
+def does_not_fit(model: Path, meter: Meter, requested_bytes: int | None) -> DeviceError:
+    """The error of a model whose weights do not fit into the memory that it may use."""
+    limit = f", of which it may hold {meter.limit_bytes} bytes" if meter.limit_bytes else ""
+    asked = f" ({requested_bytes} bytes more were asked for)" if requested_bytes else ""
+    return DeviceError(
+        f"{model}: does not fit into the memory of {meter.device_type} ({meter.uuid}){limit}"
+        f"{asked}: give it more (gpu_memory_bytes), a larger GPU or a smaller dtype"
+    )
 
 
 def as_raw(array: Array) -> Array:

@@ -1,17 +1,33 @@
-"""Whether this process can see a CUDA device, asked of the driver before any runtime is loaded.
+"""What the CUDA driver itself says of this process's GPU, without any runtime in between.
 
 ONNX Runtime answers a missing GPU with a log line and the CPU, torch with an exception deep in a
-call; the driver itself answers at once and says why.
+call; the driver itself answers at once and says why. The same holds for a context that is broken.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
 
 from serving.errors import DeviceError
 
 _WHAT_TO_DO = "run this replica on a node with a GPU, or set `device: cpu` (or `auto`)"
+_OUT_OF_MEMORY: Final = 2
+_UUID_BYTES: Final = 16
+_NAME_BYTES: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The first device that this process sees. `bare_uuid` lacks the prefix GPU- or MIG-."""
+
+    bare_uuid: str
+    name: str
 
 
 def require_cuda(asked: str) -> None:
@@ -43,3 +59,72 @@ def missing_cuda() -> str | None:
     if code := driver.cuDeviceGetCount(ctypes.byref(count)):
         return f"the NVIDIA driver cannot count its devices (CUDA error {code})"
     return None if count.value > 0 else "the NVIDIA driver shows no device to this process"
+
+
+def identity() -> Identity:
+    """The device that runtimes call cuda:0. Raises `DeviceError` where the driver does not tell."""
+    driver, device = _first_device()
+    raw, name = (ctypes.c_ubyte * _UUID_BYTES)(), ctypes.create_string_buffer(_NAME_BYTES)
+    # The second version names the MIG device, not the GPU that it is a part of.
+    _check(driver, driver.cuDeviceGetUuid_v2(raw, device))
+    _check(driver, driver.cuDeviceGetName(name, _NAME_BYTES, device))
+    return Identity(str(uuid.UUID(bytes=bytes(raw))), name.value.decode())
+
+
+def open_context() -> None:
+    """Make the context that every runtime of this process shares, and keep it.
+
+    Raises `DeviceError` where it cannot be made.
+    """
+    driver, device = _first_device()
+    _check(driver, driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), device))
+
+
+def context_fault() -> str | None:
+    """Why this process's context can do nothing more, None where it works.
+
+    A context that met an illegal access, a failed assertion or an uncorrectable memory error
+    answers each later call with that error. The call made here waits for no kernel.
+    """
+    try:
+        with _context() as driver:
+            free, total = ctypes.c_size_t(), ctypes.c_size_t()
+            code = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+            return None if code in (0, _OUT_OF_MEMORY) else _description(driver, code)
+    except DeviceError as error:
+        return str(error)
+
+
+@contextmanager
+def _context() -> Iterator[Any]:
+    """The driver, with this process's context current on this thread."""
+    driver, device = _first_device()
+    context = ctypes.c_void_p()
+    _check(driver, driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    try:
+        _check(driver, driver.cuCtxPushCurrent_v2(context))
+        try:
+            yield driver
+        finally:
+            driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+
+
+def _first_device() -> tuple[Any, ctypes.c_int]:
+    if reason := missing_cuda():
+        raise DeviceError(reason)
+    driver, device = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+    _check(driver, driver.cuDeviceGet(ctypes.byref(device), 0))
+    return driver, device
+
+
+def _check(driver: Any, code: int) -> None:
+    if code:
+        raise DeviceError(_description(driver, code))
+
+
+def _description(driver: Any, code: int) -> str:
+    text = ctypes.c_char_p()
+    driver.cuGetErrorString(code, ctypes.byref(text))
+    return f"{(text.value or b'unknown error').decode()} (CUDA error {code})"

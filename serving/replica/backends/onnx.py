@@ -13,8 +13,22 @@ import numpy as np
 from serving.artifacts import ONNX_PLATFORM
 from serving.core.types import DATATYPES, Batch, Signature, TensorSpec
 from serving.errors import ArtifactError, DeviceError, InvalidRequest
-from serving.replica.backends.base import Array, RuntimeOptions, as_raw, one_line
-from serving.replica.backends.cuda import missing_cuda, refused_by_runtime, require_cuda
+from serving.replica.backends.base import (
+    Array,
+    RuntimeOptions,
+    allocator_limit,
+    as_raw,
+    does_not_fit,
+    one_line,
+)
+from serving.replica.backends.cuda import (
+    context_fault,
+    missing_cuda,
+    refused_by_runtime,
+    require_cuda,
+)
+from serving.replica.backends.faults import FatalDeviceError, MemoryExhausted, meaning
+from serving.replica.backends.meters import DriverMeter, Meter
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -53,7 +67,17 @@ class OnnxBackend:
     platform = ONNX_PLATFORM
 
     def __init__(self, model: Path, options: RuntimeOptions, signature: Signature | None) -> None:
-        self._session, self.device, self.precision = _open(model, options)
+        providers = _choose_providers(options)
+        on_gpu = providers[0] != _PROVIDERS["cpu"]
+        self.meter: Meter | None = DriverMeter(options.memory_limit_bytes) if on_gpu else None
+        self._session = _open(model, options, providers, self.meter)
+        self._provider = self._session.get_providers()[0]
+        if self._provider == _PROVIDERS["cpu"]:
+            self.device, self.precision, self.meter = "cpu", "FP32", None
+        else:
+            # On Ampere and later the CUDA provider multiplies FP32 matrices in TF32 (use_tf32, on
+            # by default).
+            self.device, self.precision = "cuda:0", "TF32"
         declared = _declared(self._session, model)
         if signature is not None:
             _check(declared, signature, model)
@@ -75,13 +99,29 @@ class OnnxBackend:
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """See `Backend.run`."""
-        if self._bound is not None:
-            return self._bound.run(inputs)
-        if self._plain:
-            feed = dict(zip(self._input_names, inputs, strict=True))
-            outputs: list[Array] = self._session.run(self._output_names, feed)
-            return outputs
-        return self._run_converted(inputs)
+        try:
+            if self._bound is not None:
+                return self._bound.run(inputs)
+            if self._plain:
+                feed = dict(zip(self._input_names, inputs, strict=True))
+                outputs: list[Array] = self._session.run(self._output_names, feed)
+                return outputs
+            return self._run_converted(inputs)
+        except Exception as error:
+            fault = meaning(error, self.device)
+            if fault is None:
+                raise
+        if self._bound is not None and isinstance(fault, MemoryExhausted):
+            self._bound.shed()
+        raise fault
+
+    def check(self) -> None:
+        """See `Backend.check`."""
+        active = self._session.get_providers()[0]
+        if active != self._provider:
+            raise DeviceError(f"the model runs on {active}, it was loaded on {self._provider}")
+        if self.device != "cpu" and (reason := context_fault()):
+            raise FatalDeviceError(f"{self.device} can run nothing more in this process: {reason}")
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -124,6 +164,7 @@ class BoundSession:
         self._signature = signature
         self._device, self._device_id = device, device_id
         self._bindings: dict[tuple[tuple[int, ...], ...], tuple[Any, list[Any]]] = {}
+        self._options: Any = None
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """See `Backend.run`; no BYTES."""
@@ -134,12 +175,26 @@ class BoundSession:
         binding, values = bound
         for value, array in zip(values, inputs, strict=True):
             value.update_inplace(array)
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, self._options)
         binding.synchronize_outputs()
         return [
             _copy_out(value, spec.datatype)
             for value, spec in zip(binding.get_outputs(), self._signature.outputs, strict=True)
         ]
+
+    def shed(self) -> None:
+        """Free the buffers of every shape, and have the arena give back after each run from now on.
+
+        An arena that ran full is in pieces, of which none may be large enough for a smaller run.
+        """
+        import onnxruntime as ort
+
+        self._bindings.clear()
+        self._options = ort.RunOptions()
+        arena = "gpu" if self._device == "cuda" else self._device
+        self._options.add_run_config_entry(
+            "memory.enable_memory_arena_shrinkage", f"{arena}:{self._device_id}"
+        )
 
     @property
     def shapes_kept(self) -> int:
@@ -164,31 +219,39 @@ class BoundSession:
         return binding, values
 
 
-def _open(model: Path, options: RuntimeOptions) -> tuple[ort.InferenceSession, str, str]:
-    """The session, its device and its precision. Raises `ArtifactError` and `DeviceError`."""
-    providers = _choose_providers(options)
+def _open(
+    model: Path, options: RuntimeOptions, providers: Sequence[str], meter: Meter | None
+) -> ort.InferenceSession:
+    """The session. Raises `ArtifactError` and `DeviceError`."""
     import onnxruntime as ort
 
-    if providers[0] != _PROVIDERS["cpu"]:
+    if meter is not None:
         # torch's wheels carry the CUDA and cuDNN libraries that the CUDA provider links to.
         ort.preload_dlls()
+    limit = None if meter is None else allocator_limit(meter)
     try:
         session = ort.InferenceSession(
-            str(model), session_options(options.onnx), providers=_with_options(providers)
+            str(model),
+            session_options(options.onnx),
+            providers=_with_options(providers, limit),
+            # By default it answers what fails on a GPU, a load or any later run, by a new session
+            # on the CPU and a line on standard output.
+            enable_fallback=0,
         )
     except Exception as error:
+        fault = meaning(error, "cpu" if meter is None else "cuda:0")
+        if isinstance(fault, FatalDeviceError):
+            raise fault from error
+        if fault is not None and meter is not None:
+            raise does_not_fit(model, meter, fault.requested_bytes) from error
         raise ArtifactError(f"{model}: ONNX Runtime cannot load it: {one_line(error)}") from error
-    active = session.get_providers()
-    if active[0] == _PROVIDERS["cpu"] and providers[0] != _PROVIDERS["cpu"]:
+    if meter is not None and session.get_providers()[0] == _PROVIDERS["cpu"]:
         # ONNX Runtime only logs that a provider did not come up, and runs on the CPU.
-        if options.device == "auto" and not options.onnx.get("providers"):
-            _log.warning("a GPU is there but %s did not start: running on the CPU", providers[0])
-            return session, "cpu", "FP32"
-        raise refused_by_runtime(_asked(options), "ONNX Runtime", f"{providers[0]} did not start")
-    on_gpu = active[0] != _PROVIDERS["cpu"]
-    # On Ampere and later the CUDA provider multiplies FP32 matrices in TF32 (use_tf32, on by
-    # default).
-    return session, "cuda:0" if on_gpu else "cpu", "TF32" if on_gpu else "FP32"
+        if options.device != "auto" or options.onnx.get("providers"):
+            detail = f"{providers[0]} did not start"
+            raise refused_by_runtime(_asked(options), "ONNX Runtime", detail)
+        _log.warning("a GPU is there but %s did not start: running on the CPU", providers[0])
+    return session
 
 
 def _choose_providers(options: RuntimeOptions) -> list[str]:
@@ -219,9 +282,11 @@ def _asked(options: RuntimeOptions) -> str:
     return f"onnx.providers: {', '.join(named)}" if named else f"device: {options.device}"
 
 
-def _with_options(providers: Sequence[str]) -> list[Any]:
+def _with_options(providers: Sequence[str], limit_bytes: int | None) -> list[Any]:
     # The arena grows by what is asked for, not by doubling: models share a GPU.
-    cuda = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
+    cuda: dict[str, Any] = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
+    if limit_bytes is not None:
+        cuda["gpu_mem_limit"] = limit_bytes
     return [(p, cuda) if p == _PROVIDERS["cuda"] else p for p in providers]
 
 

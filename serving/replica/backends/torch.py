@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,9 +14,23 @@ import numpy as np
 
 from serving.artifacts import EXPORT_PLATFORM
 from serving.core.types import Batch, Signature, TensorSpec
-from serving.errors import ArtifactError
-from serving.replica.backends.base import Array, RuntimeOptions, as_raw, one_line
-from serving.replica.backends.cuda import missing_cuda, refused_by_runtime, require_cuda
+from serving.errors import ArtifactError, DeviceError, ServingError
+from serving.replica.backends.base import (
+    Array,
+    RuntimeOptions,
+    allocator_limit,
+    as_raw,
+    does_not_fit,
+    one_line,
+)
+from serving.replica.backends.cuda import (
+    context_fault,
+    missing_cuda,
+    refused_by_runtime,
+    require_cuda,
+)
+from serving.replica.backends.faults import FatalDeviceError, MemoryExhausted, meaning
+from serving.replica.backends.meters import DriverMeter, Meter
 
 if TYPE_CHECKING:
     import torch
@@ -61,11 +76,12 @@ class TorchBackend:
             torch.set_num_threads(threads)
         self._cast = _named_dtype(options.torch.get("dtype"))
         self.precision = _precision(self.device, options.torch.get("dtype"))
-        with _quiet():
-            if platform == EXPORT_PLATFORM:
-                self._call, declared = _load_export(model, self.device, self._cast, options)
-            else:
-                self._call, declared = _load_script(model, self.device, self._cast, options), None
+        self.meter: Meter | None = None
+        if self.device != "cpu":
+            self.meter = TorchMeter(options.memory_limit_bytes)
+            _limit_allocator(self.meter)
+        loaded = self._load(model, options)
+        self._call, self._module, declared = loaded.call, loaded.module, loaded.declared
         if signature is None and declared is None:
             raise ArtifactError(
                 f"{model}: TorchScript does not record its inputs; give a sample or a signature"
@@ -74,19 +90,58 @@ class TorchBackend:
             _check(model, signature, declared)
         self.signature: Signature = signature or declared  # type: ignore[assignment]
         self._stream = torch.cuda.Stream(self.device) if self.device != "cpu" else None
+        self.check()
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """See `Backend.run`."""
+        try:
+            outputs = self._run(inputs)
+        except Exception as error:
+            fault = meaning(error, self.device)
+            if fault is None:
+                raise
+        else:
+            return self._wire_form(outputs)
+        # The error is gone, and with it the tensors that its frames held.
+        if self._stream is not None and isinstance(fault, MemoryExhausted):
+            self._torch.cuda.empty_cache()
+        raise fault
+
+    def check(self) -> None:
+        """See `Backend.check`."""
+        wanted = self.device.partition(":")[0]
+        for name, tensor in _weights(self._module):
+            if tensor.device.type != wanted:
+                raise DeviceError(f"the weights {name!r} are on {tensor.device}, not {self.device}")
+        if self.device != "cpu" and (reason := context_fault()):
+            raise FatalDeviceError(f"{self.device} can run nothing more in this process: {reason}")
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        del self._call, self._module
+
+    def _load(self, model: Path, options: RuntimeOptions) -> _Loaded:
+        """The model on its device. Raises `ArtifactError` and `DeviceError`."""
+        load = _load_export if self.platform == EXPORT_PLATFORM else _load_script
+        try:
+            with _quiet():
+                return load(model, self.device, self._cast, options)
+        except ServingError:
+            raise
+        except Exception as error:
+            fault = meaning(error, self.device)
+            if isinstance(fault, MemoryExhausted) and self.meter is not None:
+                raise does_not_fit(model, self.meter, fault.requested_bytes) from error
+            if isinstance(fault, FatalDeviceError):
+                raise fault from error
+            raise ArtifactError(f"{model}: torch cannot load it: {one_line(error)}") from error
+
+    def _wire_form(self, outputs: list[torch.Tensor]) -> list[Array]:
         specs = self.signature.outputs
-        outputs = self._run(inputs)
         if len(outputs) != len(specs):
             # The engine says so with the numbers; what there is needs no cast.
             return [self._to_numpy(out, None) for out in outputs]
         return [self._to_numpy(out, s.datatype) for out, s in zip(outputs, specs, strict=True)]
-
-    def close(self) -> None:
-        """See `Backend.close`."""
-        del self._call
 
     def describe_outputs(self, inputs: Sequence[Array]) -> list[TensorSpec]:
         """Names, datatypes and shapes of what the model returns for `inputs`.
@@ -178,20 +233,25 @@ def _named_dtype(name: str | None) -> torch.dtype | None:
 Call = Callable[[list["torch.Tensor"]], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A callable over the flat inputs, the module behind it, and the graph's own signature."""
+
+    call: Call
+    module: torch.nn.Module
+    declared: Signature | None
+
+
 def _load_export(
     model: Path, device: str, cast: torch.dtype | None, options: RuntimeOptions
-) -> tuple[Call, Signature]:
-    """A callable over the flat inputs, and the graph's own signature."""
+) -> _Loaded:
     import torch
     from torch.export.passes import move_to_device_pass
 
-    try:
-        # This unpickles. The file's digest was verified before (`load_backend`), or it is the
-        # operator's own file on its way into the registry (`serving.replica.inspect`, in a child
-        # process).
-        program = torch.export.load(model)
-    except Exception as error:
-        raise ArtifactError(f"{model}: torch cannot load it: {one_line(error)}") from error
+    # This unpickles. The file's digest was verified before (`load_backend`), or it is the
+    # operator's own file on its way into the registry (`serving.replica.inspect`, in a child
+    # process).
+    program = torch.export.load(model)
     declared = _declared(model, program)
     if device != "cpu":
         program = move_to_device_pass(program, device)
@@ -204,26 +264,56 @@ def _load_export(
         args, kwargs = in_spec.unflatten(tensors)
         return run(*args, **kwargs)
 
-    return call, declared
+    return _Loaded(call, module, declared)
 
 
 def _load_script(
     model: Path, device: str, cast: torch.dtype | None, options: RuntimeOptions
-) -> Call:
+) -> _Loaded:
     import torch
 
     if options.torch.get("compile"):
         raise ArtifactError(f"{model}: torch.compile does not take TorchScript; export a .pt2")
-    try:
-        module = torch.jit.load(str(model), map_location=device).eval()
-    except Exception as error:
-        raise ArtifactError(f"{model}: torch cannot load it: {one_line(error)}") from error
+    module = torch.jit.load(str(model), map_location=device).eval()
     module = module.to(cast) if cast is not None else module
 
     def call(tensors: list[torch.Tensor]) -> Any:
         return module(*tensors)
 
-    return call
+    return _Loaded(call, module, None)
+
+
+def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+class TorchMeter(DriverMeter):
+    """As the driver sees it, with the peaks that torch's own allocator remembers."""
+
+    def peak_bytes(self) -> int:
+        """See `Meter.peak_bytes`."""
+        import torch
+
+        given_back = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
+        return self.held_bytes() + int(given_back)
+
+    def restart(self) -> None:
+        """See `Meter.restart`."""
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _limit_allocator(meter: Meter) -> None:
+    """Cap torch's allocator. Raises `DeviceError` if there is nothing left for it."""
+    import torch
+
+    limit = allocator_limit(meter)
+    if limit is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), 0)
 
 
 def script_arguments(model: Path) -> list[str]:

@@ -1,0 +1,57 @@
+"""The ledger as Prometheus metrics: totals by account, since the store was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prometheus_client.metrics_core import Metric as Family
+
+from serving import telemetry
+from serving.control.metric_families import family_of
+from serving.core.ledger import Account, Amount
+
+
+class CostMetrics:
+    """What was shown last is never undercut: a correction waits until its account has grown."""
+
+    def __init__(self) -> None:
+        self._shown: dict[tuple[str, Account], float] = {}
+
+    def families(
+        self, totals: Mapping[Account, Amount], prices: Mapping[tuple[str, str, str], float | None]
+    ) -> Iterator[Family]:
+        """Every family of costs. `prices` are those of replicas: (model, version, replica)."""
+        dollars, held, unpriced, requests, energy, price = (
+            family_of(metric)
+            for metric in (
+                telemetry.COST,
+                telemetry.COST_SECONDS,
+                telemetry.COST_UNPRICED,
+                telemetry.COST_REQUESTS,
+                telemetry.COST_ENERGY,
+                telemetry.COST_PRICE,
+            )
+        )
+        for account, amount in sorted(totals.items()):
+            labels = [
+                account.model, account.version, account.tenant, account.device, account.kind.value
+            ]  # fmt: skip
+            if amount.ns > amount.unpriced_ns or amount.nano_usd:
+                self._add(dollars, account, labels, amount.nano_usd / 1e9)
+            self._add(held, account, labels, amount.ns / 1e9)
+            if amount.unpriced_ns:
+                self._add(unpriced, account, labels, amount.unpriced_ns / 1e9)
+            if amount.requests:
+                self._add(requests, account, labels, amount.requests)
+            if amount.energy_mj is not None:
+                self._add(energy, account, labels, amount.energy_mj / 1e3)
+        for key, usd_per_hour in sorted(prices.items()):
+            if usd_per_hour is not None:
+                price.add_metric(key, usd_per_hour)
+        yield from (dollars, held, unpriced, requests, energy, price)
+
+    def _add(self, family: Any, account: Account, labels: list[str], value: float) -> None:
+        key = family.name, account
+        self._shown[key] = max(self._shown.get(key, 0.0), value)
+        family.add_metric(labels, self._shown[key])

@@ -1,0 +1,192 @@
+"""What applications ask of GPUs, and what these have for them, in the terms of `place`.
+
+What a replica needs is, in this order: the model's `gpu_memory_bytes`; what a replica of the same
+bundle was measured to take, at its `max_size`, with the safety margin; an estimate from the size of
+the bundle's files, with the safety margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from serving.control.gpus import Standing
+from serving.control.leases import Lease
+from serving.control.records import Record
+from serving.control.state import State
+from serving.core.gpus import Health
+from serving.core.memory_profile import (
+    MemoryProfile,
+    estimated_need,
+    format_need,
+    with_margin,
+)
+from serving.core.placement import Demand, Device
+from serving.core.plan import AppSpec
+from serving.core.replica import ReplicaSpec
+from serving.store.sql import ProfileRow
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An application that is to run. Claims of one `group` keep apart; "" has no group."""
+
+    app: AppSpec
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes a replica, what they are for, and whether nobody has measured them."""
+
+    bytes: int
+    basis: str
+    estimated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    profile: MemoryProfile
+    ceiling: int | None
+
+
+@dataclass
+class Needs:
+    """Tells what a replica needs.
+
+    `artifact_bytes` gives the size of a bundle's files by its digest, None where they are not here.
+    """
+
+    margin: float
+    artifact_bytes: Callable[[str], int | None]
+    _known: dict[str, dict[tuple[str, str], _Known]] = field(default_factory=dict)
+
+    def learn(self, digest: str, profile: MemoryProfile, ceiling: int | None = None) -> bool:
+        """Go by what was measured; whether anything is new.
+
+        Of one type of device the newest profile counts, and the lowest ceiling.
+        """
+        known = self._known.setdefault(digest, {})
+        key = profile.device_type, profile.runtime
+        before = known.get(key)
+        if before is not None and before.ceiling is not None:
+            ceiling = min(before.ceiling, ceiling or before.ceiling)
+        known[key] = _Known(profile, ceiling)
+        return known[key] != before
+
+    def rows(self, digest: str) -> list[ProfileRow]:
+        """What is known of a bundle, for the store."""
+        return [
+            ProfileRow(digest, kind, runtime, known.profile.to_dict(), known.ceiling)
+            for (kind, runtime), known in self._known.get(digest, {}).items()
+        ]
+
+    def ceiling(self, digest: str, device_type: str) -> int | None:
+        """The most rows that a bundle was seen to fit on a type of device, where that is known."""
+        known = self._known.get(digest, {})
+        found = [k.ceiling for (kind, _), k in known.items() if kind == device_type]
+        return min((c for c in found if c is not None), default=None)
+
+    def of(self, replica: ReplicaSpec, device_types: Iterable[str]) -> Need:
+        """What a replica needs on the worst of `device_types`."""
+        if replica.gpu_memory_bytes is not None:
+            return Need(replica.gpu_memory_bytes, "as gpu_memory_bytes says")
+        basis, types = f"for max_size {replica.max_size}", frozenset(device_types)
+        known = [k.profile for k in self._known.get(replica.digest, {}).values()]
+        # What was measured on another type is nearer to the truth than the size of a file.
+        profiles = [p for p in known if p.device_type in types] or known
+        if profiles:
+            return Need(max(p.need(replica.max_size, self.margin) for p in profiles), basis)
+        size = self.artifact_bytes(replica.digest)
+        need = with_margin(estimated_need(size or 0), self.margin)
+        of = "nothing: its files are not here" if size is None else f"{format_need(size)} of files"
+        return Need(need, f"{basis}, estimated from {of}", estimated=True)
+
+
+def wants_gpu(replica: ReplicaSpec, *, there_are_any: bool) -> bool:
+    """Whether a replica is to run on a GPU: `auto` does where there are GPUs."""
+    providers = replica.onnx.get("providers")
+    if replica.device == "cpu" or (providers and set(providers) == {"cpu"}):
+        return False
+    return replica.device == "cuda" or there_are_any
+
+
+def demand_of(claim: Claim, need: Need) -> Demand:
+    """A claim as the demand that `place` understands."""
+    replica = claim.app.replica
+    return Demand(
+        app=claim.app.name,
+        model=replica.model,
+        version=replica.version,
+        replicas=claim.app.count,
+        bytes=need.bytes,
+        group=claim.group,
+        basis=need.basis,
+    )
+
+
+def claims(state: State, records: Sequence[Record]) -> list[list[Claim]]:
+    """Who is to run, in the order in which they choose: what answers, what is to, rollouts.
+
+    An application that was given up has no claim.
+    """
+    live = [r for r in records if r.live and not r.released]
+    grouped = {r.rollout.model for r in live}
+    coming = {s.app.name: s.app for r in live for s in r.served.versions.values()}
+    seen: set[str] = set()
+    waves = []
+    for apps in (state.routed.apps(), state.desired.apps(), coming):
+        new = {n: a for n, a in apps.items() if n not in seen and n not in state.given_up}
+        seen |= new.keys()
+        waves.append([claim_of(app, grouped) for app in new.values()])
+    return waves
+
+
+def claim_of(app: AppSpec, rolling_out: Iterable[str]) -> Claim:
+    """A claim; the arms of a rollout, which some models have, are one group."""
+    model = app.replica.model
+    return Claim(app, f"rollout of {model}" if model in set(rolling_out) else "")
+
+
+def devices(standings: Sequence[Standing], leases: Sequence[Lease]) -> list[Device]:
+    """What can be placed on: GPUs with memory of their own, and slices in place of divided ones."""
+    found = []
+    for s in standings:
+        if s.gpu.memory_bytes is None or s.gpu.divided:
+            continue
+        own = [lease for lease in leases if lease.terms.uuid == s.gpu.uuid]
+        found.append(
+            Device(
+                uuid=s.gpu.uuid,
+                node=s.gpu.node,
+                type=s.gpu.name,
+                memory_bytes=s.gpu.memory_bytes,
+                used_by_others=used_by_others(s, own),
+                cordoned=s.cordon is not None or s.condition.health is Health.FAILED,
+                # Of one that is silent, or in doubt, nobody knows that it is well.
+                throttled=s.condition.health is not Health.OK,
+                mig=s.gpu.mig_parent is not None,
+            )
+        )
+    return found
+
+
+def used_by_others(standing: Standing, own: Sequence[Lease]) -> int:
+    """Bytes of a GPU that are neither free nor for its leases; what nobody measured is 0.
+
+    Process by process where NVML names them. Where it does not, or knows replicas that have loaded
+    by other numbers (in another PID namespace), what is used beyond the leases is others'.
+    """
+    sample = standing.sample
+    if sample is None:
+        return 0
+    reserved = int(sample.memory_reserved or 0)
+    if sample.processes is not None:
+        seen = {p.pid for p in sample.processes}
+        loaded = {int(r.info["pid"]) for r in standing.replicas}
+        ours = {lease.pid for lease in own}
+        theirs = [p.memory_bytes for p in sample.processes if p.pid not in ours]
+        if (not loaded or loaded & seen) and None not in theirs:
+            return reserved + sum(b for b in theirs if b is not None)
+    used = int(sample.memory_used or 0)
+    return reserved + max(0, used - sum(lease.terms.bytes for lease in own))

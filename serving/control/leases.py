@@ -1,0 +1,209 @@
+"""The book of GPU leases: which replica may use how much of which GPU.
+
+A replica asks for a lease before it loads anything, and goes on asking for it while it lives: to
+ask again is to renew. One that is not heard of for `EXPIRY_S` has vanished, and its share is free.
+The book is rebuilt from what replicas say, so it need not be saved.
+
+Where replicas go is `place`'s decision, made anew from the leases each time. What runs comes first,
+so that the replacement of a lost replica finds its room: nobody is placed on it meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from serving.core.placement import Demand, Device, Placement, place
+from serving.core.replica import GpuLease
+from serving.errors import DeviceError
+
+EXPIRY_S: Final = 8.0
+"""Four renewals."""
+
+Wave = Sequence[Demand]
+"""Demands without their `kept`, which the book knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One replica's share of a GPU. `pid` is that of its process, on its node.
+
+    `estimated`: nobody has measured what the version takes. `heard_at` is monotonic, in seconds;
+    `since` is Unix time.
+    """
+
+    terms: GpuLease
+    app: str
+    replica: str
+    node: str
+    pid: int
+    estimated: bool
+    since: float
+    heard_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Applicant:
+    """A replica that asks for a GPU of its node. `key` becomes the lease's id."""
+
+    app: str
+    replica: str
+    node: str
+    pid: int
+    key: str
+
+
+@dataclass
+class LeaseBook:
+    """The leases, by replica. Not thread-safe: it lives on the controller's loop."""
+
+    _leases: dict[str, Lease] = field(default_factory=dict)
+
+    @property
+    def leases(self) -> list[Lease]:
+        """All of them, by application and replica."""
+        return sorted(self._leases.values(), key=lambda x: (x.app, x.replica))
+
+    def on(self, uuid: str) -> list[Lease]:
+        """The leases on a GPU."""
+        return [lease for lease in self.leases if lease.terms.uuid == uuid]
+
+    def plan(
+        self, devices: Sequence[Device], waves: Sequence[Wave], *, without: Iterable[str] = ()
+    ) -> Placement:
+        """Where each demand goes; the first wave chooses first. Changes nothing.
+
+        Leases of applications that no wave names still take their room, but for those `without`:
+        they are about to go.
+        """
+        gone = frozenset(without)
+        devices = self._measured_by_leases(devices, waves)
+        planned: list[Demand] = self._others(waves, gone)
+        slots: dict[str, tuple[str, ...]] = {}
+        refused: dict[str, str] = {}
+        for wave in waves:
+            demands = [self._with_kept(d) for d in wave]
+            placed = place(devices, [*planned, *demands])
+            slots |= {d.app: placed.slots[d.app] for d in demands}
+            refused |= placed.refused
+            planned += [replace(d, replicas=0, kept=placed.slots[d.app]) for d in demands]
+        return Placement(slots, refused)
+
+    def lease(
+        self,
+        who: Applicant,
+        devices: Sequence[Device],
+        waves: Sequence[Wave],
+        *,
+        estimated: bool,
+        now: float,
+        unix: float,
+        ceiling: Callable[[str], int | None] = lambda _: None,
+    ) -> Lease:
+        """Grant a share, or renew the one that the replica has.
+
+        It is one that was planned for its node; where there is none, any that its node has room
+        for. `ceiling` gives the learned ceiling by type of device. Raises `DeviceError` with the
+        numbers where there is no room, or where no wave names the application.
+        """
+        if self.renew(who.replica, now):
+            return self._leases[who.replica]
+        demand = next((d for wave in waves for d in wave if d.app == who.app), None)
+        if demand is None:
+            raise DeviceError(f"{who.app} has no claim to a GPU: it is not to run")
+        uuid = self._slot(who, demand, devices, waves)
+        device = next(d for d in devices if d.uuid == uuid)
+        total, most = device.memory_bytes, ceiling(device.type)
+        terms = GpuLease(who.key, uuid, demand.bytes, total, most)
+        lease = Lease(terms, who.app, who.replica, who.node, who.pid, estimated, unix, now)
+        self._leases[who.replica] = lease
+        return lease
+
+    def renew(self, replica: str, now: float) -> bool:
+        """A replica was heard of; whether it has a lease."""
+        if (held := self._leases.get(replica)) is None:
+            return False
+        self._leases[replica] = replace(held, heard_at=now)
+        return True
+
+    def restore(self, lease: Lease) -> None:
+        """Take a replica's word for what it holds: an earlier controller granted it."""
+        self._leases[lease.replica] = lease
+
+    def release(self, replica: str) -> None:
+        """A replica is done with its share."""
+        self._leases.pop(replica, None)
+
+    def expire(self, now: float) -> list[Lease]:
+        """Free the shares of replicas that have vanished; which those were."""
+        vanished = [lease for lease in self.leases if now - lease.heard_at > EXPIRY_S]
+        for lease in vanished:
+            del self._leases[lease.replica]
+        return vanished
+
+    def measured(self, app: str, need: int) -> None:
+        """What an application takes is known now: give back what estimated leases have too much.
+
+        A lease never grows: its replica is capped at it, and lives within it.
+        """
+        for replica, lease in self._leases.items():
+            if lease.app == app and lease.estimated:
+                terms = replace(lease.terms, bytes=min(need, lease.terms.bytes))
+                self._leases[replica] = replace(lease, terms=terms, estimated=False)
+
+    def _with_kept(self, demand: Demand) -> Demand:
+        held = [x.terms.uuid for x in self.leases if x.app == demand.app]
+        return replace(demand, kept=tuple(held))
+
+    def _measured_by_leases(self, devices: Sequence[Device], waves: Sequence[Wave]) -> list[Device]:
+        """The devices, with the leases of demands taking what was granted.
+
+        `place` takes a demand's bytes for them; since they were granted these may have changed.
+        """
+        asked = {d.app: d.bytes for wave in waves for d in wave}
+        more = dict.fromkeys((d.uuid for d in devices), 0)
+        for lease in self.leases:
+            if lease.app in asked and lease.terms.uuid in more:
+                more[lease.terms.uuid] += lease.terms.bytes - asked[lease.app]
+        return [replace(d, used_by_others=d.used_by_others + more[d.uuid]) for d in devices]
+
+    def _others(self, waves: Sequence[Wave], gone: frozenset[str]) -> list[Demand]:
+        """The leases that no wave names, as demands that want nothing more."""
+        named = {d.app for wave in waves for d in wave} | gone
+        return [
+            Demand(
+                app=f"{lease.app} {lease.replica}",
+                model="",
+                version="",
+                replicas=0,
+                bytes=lease.terms.bytes,
+                kept=(lease.terms.uuid,),
+            )
+            for lease in self.leases
+            if lease.app not in named
+        ]
+
+    def _slot(
+        self, who: Applicant, demand: Demand, devices: Sequence[Device], waves: Sequence[Wave]
+    ) -> str:
+        plan = self.plan(devices, waves)
+        here = {d.uuid for d in devices if d.node == who.node}
+        held = self._with_kept(demand).kept
+        for uuid in plan.slots[who.app][len(held) :]:
+            if uuid in here:
+                return uuid
+        # Ray has put it elsewhere, or the replica that it replaces is not known to be gone yet.
+        others = [
+            replace(d, replicas=0, kept=plan.slots[d.app])
+            for wave in waves
+            for d in wave
+            if d.app != who.app
+        ]
+        one_more = replace(demand, replicas=len(held) + 1, kept=held)
+        near = [d for d in self._measured_by_leases(devices, waves) if d.node == who.node]
+        found = place(near, [*self._others(waves, frozenset()), *others, one_more])
+        if who.app in found.refused:
+            where = f"model {demand.model!r} version {demand.version} on node {who.node}"
+            raise DeviceError(f"{where}: {found.refused[who.app]}")
+        return found.slots[who.app][-1]

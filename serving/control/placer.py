@@ -1,0 +1,262 @@
+"""Placement as the controller does it: who is to run, on which GPUs, and the leases of who does.
+
+Where no GPU is known there is nothing to place: a replica that needs one says so itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from serving.control.gpu_demands import (
+    Claim,
+    Need,
+    Needs,
+    claim_of,
+    claims,
+    demand_of,
+    devices,
+    wants_gpu,
+)
+from serving.control.gpus import Standing
+from serving.control.leases import Applicant, Lease, LeaseBook
+from serving.control.reconcile import Clock
+from serving.control.records import Record
+from serving.control.state import State
+from serving.core.memory_profile import MemoryProfile
+from serving.core.placement import Demand, Device, Placement
+from serving.core.plan import AppSpec
+from serving.core.replica import GpuLease
+from serving.errors import ConflictError, Unavailable
+from serving.store.sql import ProfileRow
+
+_HINT: Final = (
+    "nothing was changed; stop something, lower replicas or batching.max_size, or set device: cpu"
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Placer:
+    """Lives on the controller's loop.
+
+    `standings` gives the GPUs as they are now, `unheard` the nodes whose GPUs are not known yet.
+    """
+
+    def __init__(
+        self,
+        standings: Callable[[], Sequence[Standing]],
+        unheard: Callable[[], Sequence[str]],
+        needs: Needs,
+        clock: Clock,
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
+        self.book = LeaseBook()
+        self._standings, self._unheard = standings, unheard
+        self._needs, self._clock, self._new_id = needs, clock, new_id
+        self._unsaved: set[str] = set()
+
+    def devices(self) -> list[Device]:
+        """What replicas can be placed on."""
+        return devices(self._standings(), self.book.leases)
+
+    # Before something starts.
+
+    def check(self, plan: Mapping[str, Any]) -> None:
+        """Raise `ConflictError` where a new application of `preview` finds no room."""
+        refused = [row for row in plan["models"] if row["new"] and row["refused"]]
+        if refused:
+            raise ConflictError(f"{'; '.join(sentence(row) for row in refused)}; {_HINT}")
+
+    def preview(
+        self,
+        state: State,
+        records: Sequence[Record],
+        new: Sequence[AppSpec] = (),
+        *,
+        rolling_out: Collection[str] = (),
+        leaving: Collection[str] = (),
+    ) -> dict[str, Any]:
+        """Where everything goes, and what is in the way: {"gpus": […], "models": […]}.
+
+        `new` applications choose after all that have a claim already. Models in `rolling_out` will
+        have two arms that keep apart; those in `leaving` give up what they hold.
+        """
+        waves = claims(state, records)
+        gone = {
+            c.app.name for wave in waves for c in wave if c.app.replica.model in leaving
+        }  # fmt: skip
+        arms = {*rolling_out, *(r.rollout.model for r in records if r.live and not r.released)}
+        waves = [
+            [claim_of(c.app, arms) for c in wave if c.app.name not in gone] for wave in waves
+        ]  # fmt: skip
+        known = {c.app.name for wave in waves for c in wave}
+        added = [claim_of(app, arms) for app in new if app.name not in known]
+        return self._view([*waves, added], {c.app.name for c in added}, gone)
+
+    def _view(
+        self, waves: list[list[Claim]], new: Collection[str], gone: Collection[str]
+    ) -> dict[str, Any]:
+        found = self.devices()
+        needs = self._needs_of(waves, found)
+        demands = _demands(waves, needs)
+        placed = self.book.plan(found, demands, without=gone)
+        if not found:
+            placed = Placement(placed.slots)
+        return {
+            "gpus": [self._gpu(device, placed, needs, gone) for device in found],
+            "models": [
+                self._row(c, needs.get(c.app.name), placed, c.app.name in new)
+                for wave in waves
+                for c in wave
+            ],
+        }
+
+    def _gpu(
+        self, device: Device, placed: Placement, needs: Mapping[str, Need], gone: Collection[str]
+    ) -> dict[str, Any]:
+        leased = [x for x in self.book.on(device.uuid) if x.app not in gone]
+        planned = sum(
+            needs[app].bytes * max(0, slots.count(device.uuid) - sum(x.app == app for x in leased))
+            for app, slots in placed.slots.items()
+        )
+        held = sum(x.terms.bytes for x in leased)
+        return {
+            "uuid": device.uuid,
+            "node": device.node,
+            "type": device.type,
+            "memory_bytes": device.memory_bytes,
+            "leased_bytes": held,
+            "planned_bytes": planned,
+            "others_bytes": device.used_by_others,
+            "free_bytes": max(0, device.memory_bytes - device.used_by_others - held - planned),
+            "cordoned": device.cordoned,
+            "throttled": device.throttled,
+            "mig": device.mig,
+        }
+
+    def _row(self, claim: Claim, need: Need | None, placed: Placement, new: bool) -> dict[str, Any]:
+        app = claim.app
+        leases = [x for x in self.book.leases if x.app == app.name]
+        slots = placed.slots.get(app.name, ())
+        return {
+            "app": app.name,
+            "model": app.replica.model,
+            "version": app.replica.version,
+            "replicas": app.count,
+            "new": new,
+            "bytes": need.bytes if need else None,
+            "basis": need.basis if need else "",
+            "estimated": need.estimated if need else False,
+            "slots": [
+                {"uuid": gpu, "replica": leases[i].replica if i < len(leases) else None}
+                for i, gpu in enumerate(slots)
+            ],
+            "refused": placed.refused.get(app.name),
+        }
+
+    # What replicas ask for.
+
+    def lease(
+        self,
+        app: str,
+        replica: str,
+        node: str,
+        pid: int,
+        state: State,
+        records: Sequence[Record],
+    ) -> GpuLease | None:
+        """A share of a GPU for a replica, or the one it has; None where it is to run on the CPU.
+
+        To be asked for again every two seconds while it loads; its announcements renew it from then
+        on. Raises `DeviceError` with the numbers where there is no room, and `Unavailable` where it
+        is too early to tell.
+        """
+        found, waves = self.devices(), claims(state, records)
+        spec = next((c.app for wave in waves for c in wave if c.app.name == app), None)
+        if spec is None:
+            raise Unavailable(f"{app} is not to run")
+        if not found and (nodes := self._unheard()) and wants_gpu(spec.replica, there_are_any=True):
+            raise Unavailable(f"the GPUs of {', '.join(nodes)} are not known yet")
+        if not found or not wants_gpu(spec.replica, there_are_any=True):
+            return None
+        needs = self._needs_of(waves, found)
+        lease = self.book.lease(
+            Applicant(app, replica, node, pid, self._new_id()),
+            found,
+            _demands(waves, needs),
+            estimated=needs[app].estimated,
+            now=self._clock.monotonic(),
+            unix=self._clock.unix(),
+            ceiling=lambda device_type: self._needs.ceiling(spec.replica.digest, device_type),
+        )
+        return lease.terms
+
+    def heard(self, info: Mapping[str, Any]) -> None:
+        """A replica's announcement: what it holds, and what its version was measured to take."""
+        replica = str(info["replica"])
+        if info["state"] == "failed":
+            self.book.release(replica)
+        elif not self.book.renew(replica, self._clock.monotonic()) and info.get("lease_bytes"):
+            self.book.restore(self._held(info, replica))
+        if profile := info.get("profile"):
+            self._learn(info, profile)
+
+    def _learn(self, info: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
+        digest, profile = str(info["digest"]), MemoryProfile.from_dict(raw)
+        if self._needs.learn(digest, profile, info.get("ceiling")):
+            self._unsaved.add(digest)
+
+    def _held(self, info: Mapping[str, Any], replica: str) -> Lease:
+        now, gpu, size = self._clock.monotonic(), str(info["gpu"]), int(info["lease_bytes"])
+        total = next((d.memory_bytes for d in self.devices() if d.uuid == gpu), size)
+        terms = GpuLease(self._new_id(), gpu, size, total)
+        app, node, pid = str(info["app"]), str(info["node"]), int(info["pid"])
+        # Whether it was an estimate was not said; `tick` takes it for one.
+        return Lease(terms, app, replica, node, pid, True, self._clock.unix(), now)
+
+    def recall(self, rows: Iterable[ProfileRow]) -> None:
+        """Take up what was learned before."""
+        for row in rows:
+            self._needs.learn(row.digest, MemoryProfile.from_dict(row.profile), row.ceiling)
+
+    def unsaved(self) -> list[ProfileRow]:
+        """What was learned since it was last `saved`."""
+        return [row for digest in sorted(self._unsaved) for row in self._needs.rows(digest)]
+
+    def saved(self, rows: Sequence[ProfileRow]) -> None:
+        """The store has these now."""
+        self._unsaved -= {row.digest for row in rows if row in self._needs.rows(row.digest)}
+
+    def tick(self, state: State, records: Sequence[Record]) -> None:
+        """Free what vanished replicas held, and what was reserved by an estimate too high."""
+        for lease in self.book.expire(self._clock.monotonic()):
+            _log.info("%s has vanished: its share of %s is free", lease.replica, lease.terms.uuid)
+        if any(lease.estimated for lease in self.book.leases):
+            for app, need in self._needs_of(claims(state, records), self.devices()).items():
+                if not need.estimated:
+                    self.book.measured(app, need.bytes)
+
+    def _needs_of(
+        self, waves: Sequence[Sequence[Claim]], found: Sequence[Device]
+    ) -> dict[str, Need]:
+        types = {d.type for d in found}
+        return {
+            c.app.name: self._needs.of(c.app.replica, types)
+            for wave in waves
+            for c in wave
+            if wants_gpu(c.app.replica, there_are_any=bool(found))
+        }
+
+
+def _demands(waves: Sequence[Sequence[Claim]], needs: Mapping[str, Need]) -> list[list[Demand]]:
+    return [
+        [demand_of(c, needs[c.app.name]) for c in wave if c.app.name in needs] for wave in waves
+    ]
+
+
+def sentence(row: Mapping[str, Any]) -> str:
+    """A refusal with its subject."""
+    return f"model {row['model']!r} version {row['version']} {row['refused']}"

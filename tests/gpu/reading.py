@@ -1,0 +1,25 @@
+"""What NVML says through pynvml, apart from the product's own way to read it."""
+
+from __future__ import annotations
+
+import pynvml
+
+from serving.replica.backends import cuda
+
+
+class Device:
+    """How much the memory in use grew on the GPU that CUDA shows first, since this was made."""
+
+    def __init__(self) -> None:
+        pynvml.nvmlInit()
+        bare = cuda.identity().bare_uuid
+        prefix = "MIG-" if "MIG" in cuda.identity().name else "GPU-"
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"{prefix}{bare}")
+        self._before = self._used()
+
+    def grown_bytes(self) -> int:
+        """Right as long as nobody else uses the GPU."""
+        return self._used() - self._before
+
+    def _used(self) -> int:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
