@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Table, case, delete, func, insert, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, case, delete, func, insert, select
 
 from serving.errors import ConflictError
 from serving.store.schema import ledger, ledger_cursors, ledger_head
+from serving.store.statements import insert_into, upsert
 
 _ACCOUNT = ("tenant", "model", "version", "device", "kind")
 _SUMS = ("nano_usd", "ns", "unpriced_ns", "requests")
@@ -57,10 +57,10 @@ def post(
     for row in rows:
         _add(db, asdict(row))
     for name, body in cursors.items():
-        _replace(db, ledger_cursors, {"id": name, "body": dict(body), "updated_at": at})
+        upsert(db, ledger_cursors, {"id": name, "body": dict(body), "updated_at": at})
     if dropped:
         db.execute(delete(ledger_cursors).where(ledger_cursors.c.id.in_(dropped)))
-    _replace(db, ledger_head, {"id": 1, "revision": expected + 1})
+    upsert(db, ledger_head, {"id": 1, "revision": expected + 1})
 
 
 def revision(db: Connection) -> int:
@@ -108,13 +108,8 @@ def fold(db: Connection, before: int) -> None:
         db.execute(insert(ledger), [{"minute": 0, **row} for row in rows])
 
 
-def _insert(db: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
-    postgres = db.dialect.name == "postgresql"
-    return postgresql.insert(table) if postgres else sqlite.insert(table)
-
-
 def _add(db: Connection, row: dict[str, Any]) -> None:
-    statement = _insert(db, ledger).values(row)
+    statement = insert_into(db, ledger).values(row)
     new = statement.excluded
     changed: dict[str, Any] = {name: ledger.c[name] + new[name] for name in _SUMS}
     changed["energy_mj"] = case(
@@ -123,9 +118,3 @@ def _add(db: Connection, row: dict[str, Any]) -> None:
     )
     keys = list(ledger.primary_key)
     db.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed))
-
-
-def _replace(db: Connection, table: Table, row: dict[str, Any]) -> None:
-    statement = _insert(db, table).values(row)
-    changed = {name: statement.excluded[name] for name in row if name != "id"}
-    db.execute(statement.on_conflict_do_update(index_elements=[table.c.id], set_=changed))

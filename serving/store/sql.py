@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Table, delete, func, insert, select
-from sqlalchemy.dialects import postgresql, sqlite
 
 from serving.errors import ConflictError, StoreError
 from serving.store import audit as audit_log
@@ -29,6 +28,7 @@ from serving.store.schema import (
     versions,
 )
 from serving.store.schema import rollouts as rollout_table
+from serving.store.statements import insert_into, upsert
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Store:
     def save_pin(self, model: str, ref: str, version: str, digest: str, resolved_at: float) -> None:
         """Add a pin, or replace the one of the same model and reference."""
         with self._write() as db:
-            _upsert(db, pins, asdict(PinRow(model, ref, version, digest, resolved_at)))
+            upsert(db, pins, asdict(PinRow(model, ref, version, digest, resolved_at)))
 
     # What was asked for.
 
@@ -169,7 +169,7 @@ class Store:
             if pins is not None:
                 _replace_pins(db, pins)
             for row in rollouts:
-                _upsert(db, rollout_table, {**asdict(row), "updated_at": self._clock()})
+                upsert(db, rollout_table, {**asdict(row), "updated_at": self._clock()})
             if route_table is not None:
                 self._save_route_table(db, route_table)
             audit_log.append(db, audit)
@@ -252,7 +252,7 @@ class Store:
         """
         with self._write() as db:
             for row in rows:
-                _upsert(db, gpu_cordons, asdict(row))
+                upsert(db, gpu_cordons, asdict(row))
             db.execute(delete(gpu_cordons).where(gpu_cordons.c.uuid.in_(lifted)))
             audit_log.append(db, audit)
 
@@ -265,7 +265,7 @@ class Store:
         """Add profiles, or replace those of the same bundle, type of device and runtime."""
         with self._write() as db:
             for row in rows:
-                _upsert(db, memory_profiles, asdict(row))
+                upsert(db, memory_profiles, asdict(row))
 
     # The ledger.
 
@@ -344,13 +344,13 @@ class Store:
         with self._write() as db:
             for instance, blob in blobs.items():
                 row = {"instance": instance, "body": dict(blob), "updated_at": self._clock()}
-                _upsert(db, counters, row)
+                upsert(db, counters, row)
 
     def fold_counters(self, instance: str, blob: dict[str, Any], folded: Sequence[str]) -> None:
         """Replace one instance's blob and drop those of `folded`, together or not at all."""
         with self._write() as db:
             row = {"instance": instance, "body": blob, "updated_at": self._clock()}
-            _upsert(db, counters, row)
+            upsert(db, counters, row)
             db.execute(delete(counters).where(counters.c.instance.in_(folded)))
 
     # The log.
@@ -374,7 +374,7 @@ class Store:
                 "someone else changed it; look at it again and repeat"
             )
         row = {"id": 1, "revision": revision + 1, "config": config, "updated_at": self._clock()}
-        _upsert(db, desired, row)
+        upsert(db, desired, row)
 
     def _save_route_table(self, db: Connection, table: dict[str, Any]) -> None:
         revision = int(table["revision"])
@@ -384,7 +384,7 @@ class Store:
                 "another controller writes to this store"
             )
         row = {"id": 1, "revision": revision, "body": table, "updated_at": self._clock()}
-        _upsert(db, route_table, row)
+        upsert(db, route_table, row)
 
     def _append(self, db: Connection, kind: str, body: dict[str, Any]) -> None:
         db.execute(insert(events).values(at=self._clock(), kind=kind, body=body))
@@ -408,7 +408,7 @@ def _revision(db: Connection, table: Table) -> int:
 def _replace_pins(db: Connection, rows: Sequence[PinRow]) -> None:
     db.execute(delete(pins))
     for pin in rows:
-        _upsert(db, pins, asdict(pin))
+        upsert(db, pins, asdict(pin))
         _insert_once(
             db,
             versions,
@@ -424,16 +424,4 @@ def _replace_pins(db: Connection, rows: Sequence[PinRow]) -> None:
 def _insert_once(db: Connection, table: Table, row: dict[str, Any]) -> None:
     """Insert, or change nothing where the row's key is there."""
     keys = list(table.primary_key)
-    db.execute(_insert(db, table).values(row).on_conflict_do_nothing(index_elements=keys))
-
-
-def _insert(db: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
-    postgres = db.dialect.name == "postgresql"
-    return postgresql.insert(table) if postgres else sqlite.insert(table)
-
-
-def _upsert(db: Connection, table: Table, row: dict[str, Any]) -> None:
-    statement = _insert(db, table).values(row)
-    changed = {name: statement.excluded[name] for name in row if name not in table.primary_key}
-    keys = list(table.primary_key)
-    db.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed))
+    db.execute(insert_into(db, table).values(row).on_conflict_do_nothing(index_elements=keys))
