@@ -90,7 +90,7 @@ def test_an_address_of_another_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["bogus"], "No such command 'bogus'; see `serving --help`"),
+        (["nonsense"], "No such command 'nonsense'; see `serving --help`"),
         (["up", "--bogus"], "No such option: --bogus; see `serving up --help`"),
         (["infer", "m"], "Missing option '--input'"),
         (["up", "--timeout", "long"], "Invalid value for '--timeout'"),
