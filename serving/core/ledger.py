@@ -45,6 +45,9 @@ NS_PER_HOUR: Final = 3_600 * 10**9
 GRACE_NS: Final = 30 * 10**9
 SILENCE_NS: Final = 8 * 10**9
 """Four missed announcements: so long a life is carried on that nobody has heard of."""
+_MAX_LATE_NS: Final = 10**9
+# Clocks are taken to differ by one part in so many at most.
+_MAX_DRIFT: Final = 1000
 WHOLE: Final = 10**6
 """Shares of a device are in millionths."""
 
@@ -142,12 +145,17 @@ class Holder:
 
 
 class Life:
-    """How long something has been there, from what it says and when that was heard (monotonic)."""
+    """How long something has been there, from what it says and when that was heard (monotonic).
+
+    A message that was long on its way says less than is true by then. So the clock goes on as the
+    fastest messages have set it, less a little, by which it follows one that runs slower.
+    """
 
     def __init__(self, up_ns: int = 0, *, heard_at: int = 0, told_ns: int = 0) -> None:
         self.up_ns = up_ns
         self.open = True
         self._told_ns, self._heard_at = told_ns, heard_at
+        self._late_ns = 0
 
     @property
     def told_ns(self) -> int:
@@ -158,6 +166,10 @@ class Life:
         """Take what it says; whether that is news, and not a message that came late or twice."""
         if told_ns <= self._told_ns:
             return False
+        if self._told_ns and self.open:
+            since = now - self._heard_at
+            expected = self._told_ns + self._late_ns + since - since // _MAX_DRIFT
+            self._late_ns = max(0, min(expected - told_ns, _MAX_LATE_NS))
         self._told_ns, self._heard_at, self.open = told_ns, now, True
         return True
 
@@ -168,6 +180,7 @@ class Life:
     def close(self) -> None:
         """It is gone: what it said last was its life."""
         self.open = False
+        self._late_ns = 0
 
     def conclude(self, now: int) -> None:
         """Nobody will hear more of it: what it is thought to be is what it was."""
@@ -178,7 +191,7 @@ class Life:
         """How long it has been there by `now`, `least` or more: never less than before if open."""
         if not self.open:
             return max(self._told_ns, least)
-        since = max(0, min(now - self._heard_at, SILENCE_NS))
+        since = max(0, min(now - self._heard_at, SILENCE_NS)) + self._late_ns
         return max(self.up_ns, self._told_ns + since, least)
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -314,6 +315,22 @@ def test_one_that_vanishes_is_charged_what_it_said_last() -> None:
     # It was only cut off.
     lease.announced(ReplicaUsage(65 * SECOND), 60 * SECOND)
     assert lease.settle(60 * SECOND)[0] == 60 * SECOND
+
+
+def test_a_message_that_was_long_on_its_way_stops_no_clock() -> None:
+    """Or the ledger would be behind by the delay of the last announcement, whenever one looks."""
+    lease = Lease(Holder("m", "1", "cpu"), 0)
+    lived = 0
+    for second, delay_ms in [(1, 0), (3, 90), (5, 10), (7, 90)]:
+        heard_at = second * SECOND + delay_ms * 10**6
+        lease.announced(ReplicaUsage(second * SECOND), heard_at)
+        lived += lease.settle(heard_at)[0]
+        assert heard_at - 10**7 <= lived <= heard_at
+    # A clock that is slower is followed all the same.
+    for second in range(9, 2000, 2):
+        lease.announced(ReplicaUsage(int(second * SECOND * 0.9995)), second * SECOND)
+        lived += lease.settle(second * SECOND)[0]
+    assert lived == pytest.approx(1999 * SECOND * 0.9995, abs=SECOND // 20)
 
 
 def test_a_gpu_is_charged_for_what_nobody_has_a_lease_on() -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,14 @@ class Payers:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
         body = json.dumps(mlp_body(1 + 3 * number))
         usd, answers = Decimal(0), 0
-        while not self._stop.wait(0.001):
-            connection.request("POST", MLP, body, {"content-type": "application/json"})
-            reply = connection.getresponse()
-            reply.read()
-            if reply.status == 200:
-                usd += Decimal(reply.headers["x-inference-cost-usd"])
-                answers += 1
-        connection.close()
+        with closing(connection):
+            while not self._stop.wait(0.001):
+                connection.request("POST", MLP, body, {"content-type": "application/json"})
+                with connection.getresponse() as reply:
+                    reply.read()
+                    if reply.status == 200:
+                        usd += Decimal(reply.headers["x-inference-cost-usd"])
+                        answers += 1
         with self._lock:
             self.usd += usd
             self.answers += answers
@@ -64,11 +65,12 @@ def costs(deployment: Deployment) -> Any:
     return deployment.get(deployment.control_port, "/v1/cost?by=model,version")["total"]
 
 
-def read(deployment: Deployment) -> tuple[float, int]:
-    """When it was read, and what everything had cost by then in nano-dollars."""
+def read(deployment: Deployment) -> tuple[float, float, int]:
+    """When it was read, give or take how much, and what everything had cost then (nano-USD)."""
     before = time.monotonic()
     nano = costs(deployment)["nano_usd"]
-    return (before + time.monotonic()) / 2, nano
+    after = time.monotonic()
+    return (before + after) / 2, (after - before) / 2, nano
 
 
 def test_the_ledger_is_price_times_uptime(home: Path) -> None:
@@ -80,13 +82,15 @@ def test_the_ledger_is_price_times_uptime(home: Path) -> None:
             # The first announcement, amid the start of everything, may have been long on its way.
             ready = time.monotonic()
             eventually(lambda: time.monotonic() - ready > 3 * ANNOUNCE_PERIOD_S, "some more")
-            begin, before = read(deployment)
+            begin, early, before = read(deployment)
             eventually(lambda: time.monotonic() - begin > RUN_S, "the run is over")
-            end, after = read(deployment)
+            end, late, after = read(deployment)
         finally:
             payers.stop()
-        expected = 2 * USD_PER_HOUR / 3600 * (end - begin) * 1e9
-        assert after - before == pytest.approx(expected, rel=TOLERANCE)
+        charged_s = (after - before) / (2 * USD_PER_HOUR / 3600 * 1e9)
+        # What is not known better than this is when a busy machine answered.
+        unsure = TOLERANCE * (end - begin) + early + late
+        assert charged_s == pytest.approx(end - begin, abs=unsure)
 
         eventually(lambda: costs(deployment)["requests"] == payers.answers, "all is reported", 10)
         # As a person sees it, the last replies' time included.
@@ -113,7 +117,7 @@ def test_the_ledger_is_price_times_uptime(home: Path) -> None:
         killed = time.monotonic()
         eventually(lambda: _restarted(deployment, pid), "the controller is back")
         eventually(lambda: len(replicas(deployment, "mlp")) == 2, "two replicas again")
-        now, total = read(deployment)
+        now, _, total = read(deployment)
         most = 2 * USD_PER_HOUR / 3600 * (now - killed) * 1e9
         assert 0.5 * most < total - spent < 1.1 * most + 2e9
 
