@@ -43,12 +43,14 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("registered")
     work = tmp_path_factory.mktemp("work")
     mlp = build("mlp", work / "mlp")
-    register(home, "mlp", mlp, "--alias", "champion")
-    register(home, "mlp", mlp, "--batch", "dynamic", "--metric", "accuracy=0.9")
-    register(home, "simple", build("simple", work / "simple"))
+    simple = build("simple", work / "simple")
     _write_sleeper(work)
     register(
-        home, "sleeper", work / "sleeper.ts", "--sample", work / "sample.npz", "--batch", "dynamic"
+        home,
+        ["mlp", mlp, "--alias", "champion"],
+        ["mlp", mlp, "--batch", "dynamic", "--metric", "accuracy=0.9"],
+        ["simple", simple],
+        ["sleeper", work / "sleeper.ts", "--sample", work / "sample.npz", "--batch", "dynamic"],
     )
     return home
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +31,11 @@ ROLLBACK_MS = 250
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry with version 1 of `double` and others to roll out."""
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Version 1 of `double` serves, and others are there to be rolled out.
+
+    Every test ends with a rollback: the next one finds version 1 again.
+    """
     home = tmp_path_factory.mktemp("rollouts")
     work = tmp_path_factory.mktemp("versions")
     sample = write_sample(work / "sample.npz")
@@ -44,20 +45,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"fails_below": 0.05},
         {"fails_below": 1.0},
     ]
-    for number, settings in enumerate(versions, start=1):
-        path = write(work / f"v{number}.ts", **settings)
-        register(home, "double", path, "--sample", sample, "--batch", "dynamic")
-    return home
-
-
-@pytest.fixture
-def deployment(home: Path, tmp_path: Path) -> Iterator[Deployment]:
-    """Version 1 serves; of its own registry and store."""
-    own = tmp_path / "home"
-    own.mkdir()
-    shutil.copy(home / "registry.db", own)
+    paths = [write(work / f"v{i}.ts", **settings) for i, settings in enumerate(versions)]
+    register(home, *(["double", path, "--sample", sample, "--batch", "dynamic"] for path in paths))
     models = {"double": {"version": "1", "rollout": HELD}}
-    with Deployment(own, models, gateway={"replicas": GATEWAYS}) as running:
+    with Deployment(home, models, gateway={"replicas": GATEWAYS}) as running:
         yield running
 
 
@@ -76,10 +67,10 @@ def rollout(deployment: Deployment) -> dict[str, Any]:
     return found
 
 
-def start(deployment: Deployment, version: str, plan: dict[str, Any] | None = None) -> None:
-    if plan is not None:
-        deployment.write({"double": {"version": "1", "rollout": plan}})
-        done = serving("apply", "-f", deployment.file, home=deployment.home)
+def start(deployment: Deployment, version: str, plan: dict[str, Any] = HELD) -> None:
+    model = {"version": "1", "rollout": plan}
+    if deployment.config["models"] != {"double": model}:
+        done = deployment.apply({"double": model})
         assert done.returncode == 0, done.stderr
     done = serving("rollout", "start", "double", "--to", version, home=deployment.home)
     assert done.returncode == 0, done.stderr
