@@ -163,7 +163,9 @@ def _count_usage(
         usage.add(replica, NOBODY, SHADOW, ns, requests)
         return
     if wasted:
-        lost = ns * sum(call.rows for call in wasted) // answer.rows
+        # Not by the rows that the replica says it had: it may be wrong.
+        rows = sum(call.rows for call in batch)
+        lost = ns * sum(call.rows for call in wasted) // rows
         usage.add(replica, DEFAULT_TENANT, FAILED, lost, len(wasted))
         ns, requests = ns - lost, requests - len(wasted)
     if requests:
