@@ -165,7 +165,7 @@ def _count_usage(
     if wasted:
         # Not by the rows that the replica says it had: it may be wrong.
         rows = sum(call.rows for call in batch)
-        lost = ns * sum(call.rows for call in wasted) // rows
+        lost = ns * sum(call.rows for call in wasted) // (rows or 1)
         usage.add(replica, DEFAULT_TENANT, FAILED, lost, len(wasted))
         ns, requests = ns - lost, requests - len(wasted)
     if requests:
