@@ -304,8 +304,12 @@ def test_the_replica_is_told_what_is_left_of_a_deadline(gateway: Gateway, replic
     with callers(gateway, 2) as clients:
         clients[0].send(infer("m", 1))
         eventually(lambda: replica.backend.running)
-        # The second way to the replica: it waits there.
-        assert clients[1].ask(by_parameter(0.1, 7.0)).status == 504
+        clients[1].send(by_parameter(0.1, 7.0))
+        # It took the second way to the replica, and waits there: for 0.1 s from then at most.
+        eventually(lambda: replica.server.engine.waiting)
+        late = time.monotonic() + 0.1
+        assert clients[1].reply().status == 504
+        eventually(lambda: time.monotonic() > late)
         replica.backend.gate.set()
         assert clients[0].reply().values == [2, 2]
         gateway.until(lambda: not gateway.batcher("m").in_flight)

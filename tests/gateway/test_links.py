@@ -230,10 +230,14 @@ def test_three_missed_heartbeats(
     silent = rogue(lambda i, rows, data: b"", pongs=2)
     gateway.publish(arm("m", [silent, good]), ready=False)
     with gateway.connect() as client:
-        for i in range(20):
-            assert client.ask(infer("m", i)).values == [2 * i, 2 * i]
-        assert silent.batches
-    assert gateway.outcomes("m") == {"success": 20}
+
+        def answered() -> bool:
+            assert client.ask(infer("m", 4)).values == [8, 8]
+            return bool(silent.batches)
+
+        # It comes back each time, for as long as two heartbeats.
+        eventually(answered, "a request that went to the silent replica")
+    assert set(gateway.outcomes("m")) == {"success"}
 
 
 def test_a_replica_that_closes_while_it_is_being_connected_to(
