@@ -19,7 +19,7 @@ from serving.core.clusters import design_effect
 from serving.core.evidence import log_growth, log_threshold
 from serving.core.one_arm import BAKE, STEPS
 from serving.core.rollout_spec import Analysis
-from serving.core.triggers import BODY
+from serving.core.triggers import BODY, MARGINS
 from serving.core.two_arms import WITNESS, Null
 
 # The ceiling holds but for rounding, and for events that arrive in an order it did not think of.
@@ -85,7 +85,7 @@ def judges(analysis: Analysis) -> tuple[Judge, ...]:
                     bets,
                     log_threshold(trigger.weight, analysis.alpha),
                     witnesses=trigger.kind != "drift",
-                    bakes=trigger.kind in ("errors", "latency"),
+                    bakes=trigger.kind in MARGINS,
                     min_units=analysis.min_units,
                     min_events=analysis.min_events,
                 )

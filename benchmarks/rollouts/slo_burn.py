@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +11,7 @@ from benchmarks.rollouts.traffic import NEVER, STABLE, Array, Counts, Plan, spli
 from serving.core.hard_triggers import OWN_FAULT
 from serving.core.hard_triggers import slo_burn as judge
 from serving.core.rollout import new_rollout
-from serving.core.rollout_counts import Sample, Tally
+from serving.core.rollout_counts import ArmCountsRow, EpochCounts, Sample, Tally
 from serving.core.rollout_spec import Trigger
 from serving.core.rollout_types import Outcome, Rollout, Snapshot
 
@@ -22,6 +24,7 @@ def first_failure(trigger: Trigger, counts: Counts, plan: Plan, rng: np.random.G
     Windows begin where blocks do, so they are up to a block longer than they should be. Asked at
     the end of each block, then at each second of the first block that fails.
     """
+    by_step = counts.blocks[:, :, 0, STABLE]
     by_source = counts.blocks[:, :, 0].cumsum(axis=1)
     total = np.concatenate([np.zeros((len(by_source), 1, *by_source.shape[2:])), by_source], axis=1)
     ends = np.concatenate([[0], plan.seconds.cumsum()])
@@ -38,7 +41,9 @@ def first_failure(trigger: Trigger, counts: Counts, plan: Plan, rng: np.random.G
     for row in np.nonzero(bad.any(axis=1))[0]:
         for block in np.nonzero(bad[row])[0]:
             before = [(float(ends[i]), total[row, i]) for i in sorted(set(starts[:, block]))]
-            if not _fails(trigger, rollout, before, float(ends[block + 1]), total[row, block + 1]):
+            steps = _stable_by_step(by_step[row], plan, int(block))
+            asked = partial(_fails, trigger, rollout, steps, before)
+            if not asked(float(ends[block + 1]), total[row, block + 1]):
                 continue
             length = int(plan.seconds[block])
             seconds = total[row, block] + np.swapaxes(
@@ -47,7 +52,7 @@ def first_failure(trigger: Trigger, counts: Counts, plan: Plan, rng: np.random.G
             at[row] = next(
                 second
                 for second in range(int(ends[block]) + 1, int(ends[block + 1]) + 1)
-                if _fails(trigger, rollout, before, second, seconds[second - ends[block] - 1])
+                if asked(second, seconds[second - ends[block] - 1])
             )
             break
     return at
@@ -66,8 +71,23 @@ def _bad(trigger: Trigger, plan: Plan, total: Array, starts: NDArray[np.intp]) -
     return bad
 
 
+def _stable_by_step(blocks: Array, plan: Plan, until: int) -> dict[int, EpochCounts]:
+    """What stable did before a block, `blocks` being (blocks, 4): a step is an epoch."""
+    found = {}
+    for step in np.unique(plan.step[:until]).tolist():
+        n, k, batches, failed = _tally(blocks[:until][plan.step[:until] == step].sum(axis=0))
+        row = ArmCountsRow(requests=n, failed=k, batches=batches, failed_batches=failed)
+        found[step] = EpochCounts(stable={"s": row})
+    return found
+
+
 def _fails(
-    trigger: Trigger, rollout: Rollout, before: list[tuple[float, Array]], now: float, counts: Array
+    trigger: Trigger,
+    rollout: Rollout,
+    steps: dict[int, EpochCounts],
+    before: list[tuple[float, Array]],
+    now: float,
+    counts: Array,
 ) -> bool:
     snapshot = Snapshot(
         now=now,
@@ -76,6 +96,7 @@ def _fails(
         stable_ready=2,
         revision=1,
         gateways_at=1,
+        counts=steps,
         history=tuple(_sample(at, sources) for at, sources in [*before, (now, counts)]),
     )
     return judge(trigger, rollout, snapshot).verdict is Outcome.FAIL

@@ -154,7 +154,8 @@ class Rollouts:
         urgent, self._urgent = self._urgent, False
         heads = {id(r) for r in self._heads(self.records)}
         after = [
-            self._decided(r, gateways_known, urgent) if id(r) in heads else r for r in self.records
+            self._decided_alone(r, gateways_known, urgent) if id(r) in heads else r
+            for r in self.records
         ]
         await self._commit(after, Change())
 
@@ -234,6 +235,14 @@ class Rollouts:
         model = record.rollout.model
         after = [_let_go(r) if r.rollout.model == model else r for r in self.records]
         await self._commit([*after, record], change)
+
+    def _decided_alone(self, record: Record, gateways_known: bool, urgent: bool) -> Record:
+        """What cannot be decided stays as it is: no rollout stops another's."""
+        try:
+            return self._decided(record, gateways_known, urgent)
+        except Exception:
+            log.exception("rollout %s cannot be decided; it stays as it is", record.rollout.id)
+            return record
 
     def _decided(self, record: Record, gateways_known: bool, urgent: bool) -> Record:
         rollout = record.rollout

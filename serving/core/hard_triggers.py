@@ -12,7 +12,7 @@ from typing import Final
 
 from serving.core.clusters import design_effect
 from serving.core.evidence import log_e_bounded
-from serving.core.one_arm import FACTOR
+from serving.core.one_arm import FACTOR, LARGE
 from serving.core.rollout_counts import NOTHING, Sample, recent
 from serving.core.rollout_spec import Trigger
 from serving.core.rollout_types import Outcome, Rollout, Snapshot, Verdict
@@ -73,24 +73,31 @@ def slo_burn(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     """Errors that use up the objective's budget many times too fast, stable's rate left aside.
 
     It needs no stable traffic beside it, so it watches the bake too, with as much patience as
-    `one_arm` has there. The rate must be above the bound in both windows, and clearly so in the
-    long one.
+    `one_arm` has there. If stable burnt the budget as fast in any epoch, the objective is no
+    measure of the canary alone: that is left to `one_arm`. The rate must be above the bound in both
+    windows, and clearly so in the long one.
     """
     history, analysis = snapshot.history, rollout.spec.analysis
     long, short = (recent(history, trigger.window_s * part) for part in (1.0, _SHORT_WINDOW))
     # Its rate of late says little when it had few requests, and nothing where it had none.
     ever = history[-1].stable if history else NOTHING
-    of_late = long.stable if long.stable[0] >= analysis.min_units else NOTHING
-    stable = max(ever, of_late, key=rate)
+    known = [long.stable] if long.stable[0] >= analysis.min_units else []
+    factor = OWN_FAULT
+    if not short.stable[0]:
+        factor = FACTOR
+        epochs = [epoch.arm("stable").failures for epoch in snapshot.counts.values()]
+        known += [failures for failures in epochs if failures[0] >= LARGE]
+    stable = max([ever, *known], key=rate)
     burning = trigger.threshold * (1.0 - trigger.objective)
-    factor = OWN_FAULT if short.stable[0] else FACTOR
     bound = min(max(burning, factor * rate(stable)), _ALMOST_ALL)
     effect = float(design_effect([long.canary])[0])
     n, k, _, clusters = long.canary
     log_e = log_e_bounded(k / effect, n / effect, bound, *_BURNING)
     threshold = -log(analysis.alpha)
     outcome, why = Outcome.PASS, "passes"
-    if n < analysis.min_units and k < trigger.failures:
+    if factor == FACTOR and rate(stable) >= burning:
+        why = f"stable burnt the budget too, {percent(rate(stable))} at worst: passes"
+    elif n < analysis.min_units and k < trigger.failures:
         outcome, why = Outcome.HOLD, f"waits for {analysis.min_units} requests of the canary"
     elif rate(long.canary) >= bound <= rate(short.canary):
         outcome, why = Outcome.HOLD, "not decided"

@@ -47,7 +47,7 @@ _PART_S: Final = 300.0
 
 FACTOR: Final = 3.0
 """The canary may always have so many times stable's rate."""
-_LARGE: Final = 1000
+LARGE: Final = 1000
 """Units of stable that make an epoch's own rate count."""
 # What is bet on rates above the bound, and the prior of stable's own.
 _WORSE: Final = (0.5, 5.0)
@@ -92,7 +92,7 @@ class Tolerance:
         users stick to their version each counts with its first failure, so new ones fail more.
         """
         effective = stable[:, :2] / design_effect(stable)[:, np.newaxis]
-        rows = [effective.sum(axis=0), *effective[effective[:, 0] >= _LARGE]]
+        rows = [effective.sum(axis=0), *effective[effective[:, 0] >= LARGE]]
         upper = max(_upper(float(k), float(n), self.risk) for n, k in rows)
         null = self.null
         return max(FACTOR * upper, upper + self.margin, null.r0 * upper + null.delta)

@@ -105,9 +105,11 @@ def missing_evidence(rollout: Rollout, snapshot: Snapshot) -> tuple[str, ...]:
 
 
 def _unanswered(rollout: Rollout, verdict: Verdict) -> bool:
-    """Whether a provider has not said "ok", and nobody resumed past that."""
+    """Whether a provider has not said "ok", or nothing is known, and nobody resumed past that."""
     trigger, step = rollout.spec.analysis.trigger(verdict.trigger), rollout.current_step
-    if trigger is None or trigger.kind not in PROVIDER_KINDS or step is None:
+    if trigger is None or step is None:
+        return False
+    if trigger.kind not in PROVIDER_KINDS and verdict.verdict is not Outcome.UNKNOWN:
         return False
     known = (verdict.trigger, verdict.verdict.value) in rollout.acknowledged
     required = verdict.trigger in step.require_pass

@@ -9,8 +9,8 @@ version with a chance of at most α. They pass, for steps that require it, when 
 opposite claim reaches 1/β, and hold while neither is so. The other kinds are hard: what they count
 does not happen to a healthy version, or somebody else decides it.
 
-In the bake there is no stable beside the canary. Errors and latency are then held against what
-stable did before, with a wide tolerance: `serving.core.one_arm`.
+In the bake there is no stable beside the canary. Errors, latency and labels are then held against
+what stable did before, with a wide tolerance: `serving.core.one_arm`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,17 @@ from serving.core.rollout_counts import (
     Tally,
 )
 from serving.core.rollout_spec import Trigger, TriggerKind
-from serving.core.rollout_types import Epoch, Rollout, Snapshot, Verdict
+from serving.core.rollout_types import Epoch, Outcome, Rollout, Snapshot, Verdict
 from serving.core.two_arms import Comparison, Count, Null
-from serving.core.verdicts import Finding, hold, judge, milliseconds, out_of, percent
+from serving.core.verdicts import (
+    Finding,
+    hold,
+    judge,
+    milliseconds,
+    out_of,
+    percent,
+    verdict,
+)
 
 # A version that is half as slow again may leave the tail as it is. So latency has a second bound,
 # near the median, where stable itself is often: there only a clearly larger share counts.
@@ -44,15 +52,28 @@ BODY: Final = Null(r0=1.5, delta=0.05)
 # What is bet on shares of pairs: small ones; to pass, smaller still.
 DISAGREEING: Final = (0.5, 5.0)
 _AGREEING: Final = (0.5, 50.0)
-MARGINS: Final[Mapping[TriggerKind, float]] = {"errors": 0.01, "latency": 0.05}
-"""How much more than stable's share of requests may fail, or be slow, in the bake."""
+MARGINS: Final[Mapping[TriggerKind, float]] = {
+    "errors": 0.01,
+    "latency": 0.05,
+    "labels": 0.05,
+}
+"""How much more than stable's share of requests may fail, be slow, or be wrong, in the bake."""
 
 Judge = Callable[[Trigger, Rollout, Snapshot], Verdict]
 
 
 def evaluate(rollout: Rollout, snapshot: Snapshot) -> tuple[Verdict, ...]:
-    """A verdict of every trigger of the rollout's plan, in the plan's order."""
-    return tuple(KINDS[t.kind](t, rollout, snapshot) for t in rollout.spec.analysis.triggers)
+    """A verdict of every trigger of the rollout's plan, in the plan's order. Never raises."""
+    return tuple(_verdict(t, rollout, snapshot) for t in rollout.spec.analysis.triggers)
+
+
+def _verdict(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
+    try:
+        return KINDS[trigger.kind](trigger, rollout, snapshot)
+    except Exception as error:
+        # A fault of this code must not keep the other triggers from taking a version back.
+        fault = f"{type(error).__name__}: {error}"
+        return verdict(trigger, Outcome.UNKNOWN, f"could not be judged ({fault}): holds")
 
 
 def _errors(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
@@ -95,7 +116,8 @@ def _labels(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
         f"stable in {out_of(both.stable)}"
     )
     found = _weigh([(both, _null(trigger))], rollout, "labelled answers", facts)
-    return judge(trigger, rollout.spec.analysis, found)
+    watch = _watch(trigger, rollout, snapshot, _mislabelled)
+    return judge(trigger, rollout.spec.analysis, _with_bake(found, watch, "wrong "))
 
 
 def _drift(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
@@ -256,6 +278,10 @@ def _failed(row: ArmCountsRow) -> Tally:
 
 
 def _wrong(_: Epoch, row: ArmCountsRow) -> Tally:
+    return _mislabelled(row)
+
+
+def _mislabelled(row: ArmCountsRow) -> Tally:
     return (*row.labels, *row.labels)
 
 

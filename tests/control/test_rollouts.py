@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serving.core.rollout_types import ProviderState
+from serving.core.rollout_types import ProviderState, Rollout
 from serving.core.types import Signature, TensorSpec
 from serving.errors import ConfigError, ConflictError, NotFound, RegistryError
 from tests.control.rollout_world import QUICK, RolloutWorld, default, replayed, standing, weight
@@ -81,6 +81,28 @@ def test_a_failing_version_is_taken_back_and_no_client_notices(world: RolloutWor
         told = [(n.event, n.rollout.state.value) for n in world.providers.notices]
         assert ("post-rollout", "rolled_back") in told
         assert replayed(world.store) == standing(world.store)
+
+    run(scenario())
+
+
+def test_a_rollout_that_cannot_be_decided_stays_as_it_is(
+    world: RolloutWorld, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the controller goes on."""
+
+    def broken(*_: object) -> Rollout:
+        raise ZeroDivisionError("division by zero")
+
+    async def scenario() -> None:
+        controller = await world.serving()
+        await world.change(controller, "2")
+        await world.until(controller, "observing")
+        with monkeypatch.context() as patch:
+            patch.setattr("serving.control.rollouts.decide", broken)
+            await world.seconds(controller, 3)
+        assert "rollout m:1 cannot be decided; it stays as it is" in caplog.text
+        assert (await controller.rollouts.find("m")).rollout.state.value == "observing"
+        await world.until(controller, "succeeded")
 
     run(scenario())
 

@@ -22,7 +22,7 @@ from serving.core.one_arm import (
 )
 from serving.core.rollout import State
 from serving.core.rollout_counts import ArmCountsRow, EpochCounts
-from serving.core.rollout_spec import Bake, Step, default_trigger
+from serving.core.rollout_spec import Bake, Step, Trigger, default_trigger
 from serving.core.rollout_types import Epoch
 from serving.core.two_arms import Null
 from tests.core.rollouts import World, analysis, plan, world
@@ -132,13 +132,12 @@ def test_stable_that_came_back_in_the_bake_does_not_move_the_bound() -> None:
 # A whole rollout, second by second.
 
 
-def baking(**changes: object) -> World:
+def baking(*more: Trigger) -> World:
     spec = plan(
         steps=(Step(25, 60), Step(50, 60)),
         bake=Bake(3600),
         # Without the trigger that looks at budgets: errors and latency must do it alone.
-        analysis=analysis(),
-        **changes,
+        analysis=analysis(*more),
     )
     w = world(spec).to(State.BAKING)
     for _ in range(20):
@@ -165,6 +164,20 @@ def test_a_version_that_becomes_slow_in_the_bake_is_taken_back() -> None:
     assert w.now - began < 60
     assert w.rollout.reason.startswith("latency: longer than ")
     assert "; in the bake longer than " in w.rollout.reason
+
+
+def test_answers_that_are_wrong_in_the_bake_take_the_version_back() -> None:
+    w = baking(default_trigger("labels"))
+    labelled = EpochCounts(stable={"s": ArmCountsRow(labels=(2000, 60))})
+    step = next(e.epoch for e in w.rollout.epochs if e.weight == 0.5)
+    w.counts[step] += labelled
+    w.tick()
+    w.counts[w.rollout.epoch] += EpochCounts(canary={"a": ArmCountsRow(labels=(1000, 80))})
+    assert w.tick().state is State.BAKING
+    w.counts[w.rollout.epoch] += EpochCounts(canary={"a": ArmCountsRow(labels=(400, 380))})
+    assert w.tick().state is State.ROLLING_BACK
+    assert w.rollout.reason.startswith("labels: canary was wrong in 0 of 0 ")
+    assert "; in the bake wrong 460 of 1400" in w.rollout.reason
 
 
 @pytest.mark.parametrize(("fails", "slower"), [(0.008, 0), (0.0, 9)])

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from math import log
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from serving.core import triggers
 from serving.core.clusters import correlation, design_effect
 from serving.core.evidence import log_threshold
-from serving.core.one_arm import STEPS, spent
+from serving.core.one_arm import LARGE, STEPS, spent
 from serving.core.rollout_baseline import (
     drift_bins,
     latency_bounds,
@@ -36,7 +36,7 @@ from serving.core.rollout_spec import (
     default_trigger,
 )
 from serving.core.rollout_types import Epoch, Outcome, ProviderState, Rollout, Snapshot, Verdict
-from serving.core.triggers import evaluate
+from serving.core.triggers import KINDS, evaluate
 from tests.core import rollout_traffic
 from tests.core.rollout_traffic import PLAN, Events, detections, log_e, seconds, sticky
 
@@ -387,6 +387,39 @@ def test_what_little_stable_did_before_promotion_is_no_measure_of_it() -> None:
     verdict = only(evaluate(rollout(kinds=("slo_burn",)), snapshot(history=(*ramp, *bake))))
     assert verdict.verdict is not Outcome.FAIL
     assert "bound 6.0 %" in verdict.sentence
+
+
+@pytest.mark.parametrize(("burnt", "outcome"), [(0.001, "fail"), (0.03, "pass")])
+def test_in_the_bake_stables_worst_epoch_says_whether_the_objective_is_a_measure(
+    burnt: float, outcome: str
+) -> None:
+    """All in all stable failed 0.3 %: in its worst tenth of an hour perhaps more than allowed."""
+    nothing = ArmCountsRow()
+    seen = snapshot(
+        {
+            1: epoch(nothing, failures(9 * 13_500, round(9 * 13_500 * 0.002))),
+            2: epoch(nothing, failures(13_500, round(13_500 * burnt))),
+            3: epoch(nothing, failures(LARGE - 1, LARGE - 1)),  # too little to say anything
+        },
+        history=steady(0.05, 0.003),
+    )
+    verdict = only(evaluate(rollout(kinds=("slo_burn",)), seen))
+    assert verdict.verdict.value == outcome
+    assert ("stable burnt the budget too, 3.0 % at worst" in verdict.sentence) == (burnt == 0.03)
+
+
+def test_a_trigger_that_cannot_be_judged_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Verdict:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setitem(cast(dict[str, Any], KINDS), "errors", broken)
+    seen = snapshot(restarts=(990.0, 995.0))
+    unknown, failed = evaluate(rollout(kinds=("errors", "crash_loop")), seen)
+    assert unknown.verdict is Outcome.UNKNOWN
+    assert unknown.sentence == (
+        "errors: could not be judged (ZeroDivisionError: division by zero): holds"
+    )
+    assert failed.verdict is Outcome.FAIL
 
 
 def test_a_burst_that_is_over_does_not_burn() -> None:
