@@ -8,7 +8,19 @@ from typing import Final
 
 import typer
 
-from serving.cli import audit, cluster, config, cost, doctor, gpus, infer, models, plan, rollout
+from serving.cli import (
+    audit,
+    cluster,
+    config,
+    cost,
+    doctor,
+    gpus,
+    infer,
+    models,
+    plan,
+    rollout,
+    tune,
+)
 from serving.errors import OperatorError
 
 INTERRUPTED: Final = 130
@@ -29,6 +41,7 @@ rollout.add_commands(app)
 gpus.add_commands(app)
 cost.add_commands(app)
 plan.add_commands(app)
+tune.add_commands(app)
 audit.add_commands(app)
 doctor.add_commands(app)
 config.add_commands(app)

@@ -87,7 +87,7 @@ def warm_sizes(engine: Engine) -> list[int]:
 
 def run_at(engine: Engine, sample: Sequence[Array], rows: int) -> None:
     """Run the sample once, repeated to `rows` rows. Raises `ArtifactError` if the model fails."""
-    _run(engine, _resized(sample, rows), rows, "warm-up")
+    _run(engine, resized(sample, rows), rows, "warm-up")
 
 
 def check_golden(engine: Engine, bundle: Path) -> None:
@@ -158,7 +158,8 @@ def compare(
         )
 
 
-def _resized(sample: Sequence[Array], rows: int) -> list[Array]:
+def resized(sample: Sequence[Array], rows: int) -> list[Array]:
+    """The sample's rows, repeated or cut to `rows`."""
     return [a[np.arange(rows) % len(a)] for a in sample]
 
 
