@@ -15,6 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serving.replica.control import ANNOUNCE_PERIOD_S
@@ -141,6 +142,11 @@ def test_the_ledger_is_price_times_uptime(home: Path) -> None:
         assert 0 < retry_after <= 86_400
         assert "tenant 'small' has spent its budget of the day" in error
         assert ask(deployment, None)[0] == 200
+        array = home / "x.npy"
+        np.save(array, np.zeros((1, 64), np.float32))
+        arguments = ["infer", "mlp", "--input", array, "-f", deployment.file]
+        refused = serving(*arguments, home=home, env={"SERVING_API_KEY": KEY})
+        assert (refused.returncode, "has spent its budget" in refused.stderr) == (1, True)
         table = serving("cost", "--by", "tenant", "-f", deployment.file, home=home)
         assert re.search(r"small +0\.002 +0\.0\d+ +spent", table.stdout), table.stdout
         assert f'serving_tenant_budget_usd{{tenant="small"}} {BUDGET_USD}' in deployment.metrics()
