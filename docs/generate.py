@@ -40,6 +40,7 @@ _ENVIRONMENT: Final = {
     "SERVING_HOME": "Overrides `home` of the configuration.",
     "SERVING_CONTROL_URL": "The admin API, where neither `--url` nor `-f` is given.",
     "SERVING_URL": "The gateway for `serving infer`, where neither `--url` nor `-f` is given.",
+    "SERVING_API_KEY": "The API key that `serving infer` sends.",
     "SERVING_ACTOR": "Who the audit log names for a command; default: login name and machine.",
     "SERVING_LOG": "`plain` (default) or `json`.",
     "SERVING_LOG_LEVEL": "`debug`, `info` (default), `warning` or `error`.",

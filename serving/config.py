@@ -27,6 +27,7 @@ from serving.core.rollout_spec import PLAN_NAMES, RolloutSpec
 from serving.errors import ConfigError
 from serving.prices import PriceRow, load_rows, price_book
 from serving.rollout_plans import parse_plan, read_plan
+from serving.tenant_settings import TenantsConfig
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 VERSION_PATTERN = r"^(@[A-Za-z][A-Za-z0-9_-]{0,63}|[1-9][0-9]{0,8})$"
@@ -342,6 +343,7 @@ class ServingConfig(_Frozen):
     cluster: ClusterConfig = ClusterConfig()
     cost: CostConfig = CostConfig()
     gpu: GpuConfig = GpuConfig()
+    tenants: TenantsConfig = TenantsConfig()
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
 
     @property

@@ -28,6 +28,9 @@ def _explain(error: Any, root: type[BaseModel], source: str) -> str:
         return f"{source}: {where!r} has nothing after it; write its settings, or {{}} for defaults"
     if error["type"] == "plan":
         return f"{source}: {where}{error['msg']}"
+    if error["type"] == "tenants":
+        # Without what was found: it may be a key that was meant to be a hash of one.
+        return f"{source}: {where}: {error['msg']}"
     if error["type"] == "extra_forbidden":
         allowed = ", ".join(_allowed_keys(error["loc"][:-1], root))
         return f"{source}: unknown key {where!r}; allowed here: {allowed}"

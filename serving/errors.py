@@ -31,6 +31,22 @@ class InvalidRequest(ServingError):
     grpc_code = "INVALID_ARGUMENT"
 
 
+class Unauthenticated(ServingError):
+    """The request has no API key where one is needed, or one that is not known."""
+
+    slug = "unauthenticated"
+    http_status = 401
+    grpc_code = "UNAUTHENTICATED"
+
+
+class Forbidden(ServingError):
+    """The request names a tenant that it may not act for."""
+
+    slug = "forbidden"
+    http_status = 403
+    grpc_code = "PERMISSION_DENIED"
+
+
 class NotFound(ServingError):
     """No such model, version or route."""
 
@@ -91,6 +107,14 @@ class Overloaded(ServingError):
     """The queue is as long as the deadline, or a bound, allows. Carries `retry_after_s`."""
 
     slug = "overloaded"
+    http_status = 429
+    grpc_code = "RESOURCE_EXHAUSTED"
+
+
+class BudgetSpent(ServingError):
+    """The tenant has spent its budget of the day. Carries `retry_after_s`, until it renews."""
+
+    slug = "budget_spent"
     http_status = 429
     grpc_code = "RESOURCE_EXHAUSTED"
 

@@ -320,6 +320,19 @@ COST_PRICE: Final = Metric(
     (*_VERSION, "replica"),
 )
 
+TENANT_BUDGET: Final = Metric(
+    "serving_tenant_budget_usd",
+    "gauge",
+    "What a tenant may spend a UTC day; absent without a bound.",
+    ("tenant",),
+)
+TENANT_SPENT: Final = Metric(
+    "serving_tenant_spent_usd",
+    "gauge",
+    "Direct cost of a tenant since midnight UTC, of tenants with a budget.",
+    ("tenant",),
+)
+
 METRICS: Final = (
     REQUESTS,
     UNROUTED,
@@ -377,6 +390,8 @@ METRICS: Final = (
     COST_REQUESTS,
     COST_ENERGY,
     COST_PRICE,
+    TENANT_BUDGET,
+    TENANT_SPENT,
     NV_UTILIZATION,
     NV_POWER,
     NV_POWER_LIMIT,

@@ -76,11 +76,19 @@ def _as_csv(found: dict[str, Any]) -> str:
         "usd_per_month", "seconds", "unpriced_seconds", "energy_wh_estimate", "gco2e_estimate",
     ]  # fmt: skip
     kinds = [kind.value for kind in Kind]
-    writer = csv.DictWriter(text, [*found["by"], *numbers, *(f"usd_{kind}" for kind in kinds)])
+    of_tenants = ["budget_usd_per_day", "budget_left_usd"] if "tenant" in found["by"] else []
+    budgets = {row["tenant"]: row for row in found["budgets"]}
+    fields = [*found["by"], *numbers, *(f"usd_{kind}" for kind in kinds), *of_tenants]
+    writer = csv.DictWriter(text, fields)
     writer.writeheader()
     for group in found["groups"]:
         per = {f"usd_per_1000_{name}": usd for name, usd in group["usd_per_1000"].items()}
         spent = {f"usd_{k}": found_["nano_usd"] / 1e9 for k, found_ in group["kinds"].items()}
-        row = {**group, **per, **spent}
+        budget = budgets.get(group.get("tenant"), {})
+        of_tenant = {
+            "budget_usd_per_day": budget.get("usd_per_day"),
+            "budget_left_usd": budget.get("left_usd"),
+        }
+        row = {**group, **per, **spent, **of_tenant}
         writer.writerow({name: row.get(name) for name in writer.fieldnames})
     return text.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -34,7 +35,20 @@ def cost_table(found: dict[str, Any], since: str) -> RenderableType:
             *(_spent(group["kinds"].get(kind)) for kind in kinds if "kind" not in by),
             dollars(group["usd_per_month"]),
         )
-    return Group(table, *(Text(line) for line in _notes(found)))
+    parts: list[RenderableType] = [table, *(Text(line) for line in _notes(found))]
+    if "tenant" in by and found["budgets"]:
+        parts.append(_budget_table(found["budgets"]))
+    return Group(*parts)
+
+
+def _budget_table(budgets: list[dict[str, Any]]) -> RenderableType:
+    """What each tenant may still spend today."""
+    table = grid("tenant", numbers=("$ budget a day", "$ spent today", "$ left"))
+    for row in budgets:
+        left = "spent" if not row["left_usd"] else dollars(row["left_usd"])
+        table.add_row(row["tenant"], dollars(row["usd_per_day"]), dollars(row["spent_usd"]), left)
+    renews = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(budgets[0]["renews_at"]))
+    return Group(table, Text(f"budgets are of direct cost, and renew at {renews}"))
 
 
 def dollars(usd: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 import urllib.error
@@ -62,8 +63,16 @@ def infer(
         base += f"/versions/{quote(version, safe='')}"
     declared = _call(base, None, {}, timeout)[0]["inputs"]
     body, headers = _encode(_read_inputs(source, declared))
-    answer, tail = _call(f"{base}/infer", body, headers, timeout)
+    answer, tail = _call(f"{base}/infer", body, {**headers, **_credentials()}, timeout)
     typer.echo(json.dumps(_decode(answer, tail), indent=2))
+
+
+def _credentials() -> dict[str, str]:
+    """The header with the API key of the environment. Raises `ConfigError`."""
+    key = os.environ.get("SERVING_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("SERVING_API_KEY has characters that no key can have; allowed: ASCII")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _name_and_version(model: str, version: str | None, file: Path | None) -> tuple[str, str | None]:

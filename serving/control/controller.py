@@ -15,6 +15,7 @@ from typing import Any, Final
 from serving import artifacts
 from serving.config import ServingConfig
 from serving.control.board import RouteBoard
+from serving.control.budgets import Budgets
 from serving.control.cost_metrics import CostMetrics
 from serving.control.cost_views import cost_view
 from serving.control.feedback import Feedback
@@ -81,6 +82,7 @@ class Controller:
         self._problems: dict[str, str] = {}
         self.feedback = Feedback()
         self.cost_metrics = CostMetrics()
+        self.budgets = Budgets(config.tenants)
         self._store, self._cluster, self._resolver = store, cluster, resolver
         self._new_providers = providers
         self._keep_agents, self._node_labels = agents, labels
@@ -206,7 +208,8 @@ class Controller:
     def report(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """A gateway's totals since its start; what the gateway is told in turn.
 
-        That is {"feedback": [{"request_id", "label"}, …]}, or nothing.
+        That is {"feedback": [{"request_id", "label"}, …]}, and where there are budgets "spent":
+        who has used his up, see `Budgets.spent`.
         """
         now = self.clock.monotonic()
         payload = dict(payload)
@@ -220,7 +223,10 @@ class Controller:
         self.ledger.reported(instance_of(payload), usage)
         self.feedback.joined(payload.get("feedback_joined", ()))
         due = self.feedback.due(str(payload["gateway"]), now)
-        return {"feedback": due} if due else {}
+        told: dict[str, Any] = {"feedback": due} if due else {}
+        if self.budgets:
+            told["spent"] = self.budgets.spent(self.ledger.spending, self.clock.unix())
+        return told
 
     def add_feedback(self, raw: object) -> int:
         """Late labels for answers that were given; how many. Raises `InvalidRequest`."""
@@ -276,7 +282,12 @@ class Controller:
             await self.ledger.rows(since), by,
             since=since, now=now, grid_gco2e_per_kwh=self.config.cost.grid_gco2e_per_kwh,
             rollouts=[(r.model, r.stable, r.canary) for r in rollouts],
+            budgets=self.budget_rows(),
         )  # fmt: skip
+
+    def budget_rows(self) -> list[dict[str, Any]]:
+        """Today's budgets; see `Budgets.rows`."""
+        return self.budgets.rows(self.ledger.spending, self.clock.unix())
 
     def _own_price(self, model: str, version: str) -> float | None:
         """What the applied configuration says of a replica's price, in USD an hour."""
@@ -425,6 +436,9 @@ class Controller:
         return not self._awaited or self.clock.monotonic() - self._started > REANNOUNCE_WAIT_S
 
     async def _flush(self) -> None:
+        if self.budgets:
+            # First: a store that is away is no reason to let anybody spend more.
+            self.ledger.update_spending()
         async with self._flushing:
             now, tick_s = self.clock.monotonic(), self.config.control.tick_s
             self.totals.note_rates(now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client.metrics_core import Metric as Family
@@ -55,3 +55,12 @@ class CostMetrics:
         key = family.name, account
         self._shown[key] = max(self._shown.get(key, 0.0), value)
         family.add_metric(labels, self._shown[key])
+
+
+def budget_families(budgets: Iterable[Mapping[str, Any]]) -> Iterator[Family]:
+    """Every family of budgets, from `Budgets.rows`."""
+    budget, spent = family_of(telemetry.TENANT_BUDGET), family_of(telemetry.TENANT_SPENT)
+    for row in budgets:
+        budget.add_metric([row["tenant"]], row["usd_per_day"])
+        spent.add_metric([row["tenant"]], row["spent_usd"])
+    yield from (budget, spent)

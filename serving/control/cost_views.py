@@ -43,10 +43,12 @@ def cost_view(
     now: float,
     grid_gco2e_per_kwh: float | None,
     rollouts: Iterable[tuple[str, str, str]] = (),
+    budgets: Iterable[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """What `serving cost` shows. `by` are of `DIMENSIONS`, `rollouts` (model, stable, canary).
 
-    `since` is None for all time; times are Unix seconds.
+    `since` is None for all time; times are Unix seconds. `budgets` are those of today, whatever
+    `since` is; see `Budgets.rows`.
     """
     loads = _loads(rows)
     begin = min((row.minute for row in rows if row.minute), default=None)
@@ -71,6 +73,7 @@ def cost_view(
         ],
         "total": _shown(total, span, grid_gco2e_per_kwh),
         "rollouts": [_compared(rows, *rollout) for rollout in rollouts],
+        "budgets": [dict(budget) for budget in budgets],
     }
 
 

@@ -16,8 +16,8 @@ from serving.errors import ConflictError
 
 Pins = Mapping[tuple[str, str], Resolved]
 
-# Their URLs may hold a password, which no message shows.
-_WITH_PASSWORDS: Final = frozenset({"store", "registry"})
+# Their URLs may hold a password, and keys' hashes are nobody else's business: not shown.
+_SECRET: Final = frozenset({"store", "registry", "tenants"})
 
 
 def references(config: ServingConfig) -> list[tuple[str, str]]:
@@ -116,7 +116,7 @@ def _with_running_ports(new: ServingConfig, running: ServingConfig) -> ServingCo
 
 
 def _difference(key: str, running: ServingConfig, new: ServingConfig) -> str:
-    if key in _WITH_PASSWORDS:
+    if key in _SECRET:
         return f"{key} is another where it runs"
     return (
         f"{key} is {_plain(getattr(running, key))} where it runs, "

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from serving.config import CostConfig
+from serving.control.budgets import Spending, day_of
 from serving.control.gpus import STALE_S, Standing
 from serving.control.reconcile import Blocking, Clock
 from serving.core.ledger import (
@@ -86,11 +87,16 @@ class CostLedger:
         self._flushed_at = self._folded_at = -FLUSH_S
         self._lock = asyncio.Lock()
         self.totals: dict[Account, Amount] = {}
+        self.spending = Spending()
 
     async def load(self, *, fresh: bool = False) -> None:
         """Take up what was saved. If `fresh`, nothing of it runs any more. Raises `StoreError`."""
         self._revision, self._written = await self._in_store(self._store.ledger_cursors)
         self.totals = {account_of(row): amount_of(row) for row in await self.rows(None)}
+        today = day_of(self._clock.unix())
+        self.spending = Spending(today)
+        for row in await self.rows(today):
+            self.spending.add(today, account_of(row), row.nano_usd)
         now = self._now()
         # The time of a GPU goes on where the last controller left it.
         self._gpu_clock = int(self._clock.unix() * 1e9) - now
@@ -226,6 +232,10 @@ class CostLedger:
                 await self._in_store(self._store.fold_ledger, int(before // 60) * 60)
                 self._folded_at = self._flushed_at
 
+    def update_spending(self) -> None:
+        """Bring `spending` up to what was reported; it is written with the next flush."""
+        self._settle()
+
     async def conclude(self) -> None:
         """Write all for the last time: until now replicas are taken to be there."""
         for life in self._lives():
@@ -274,6 +284,7 @@ class CostLedger:
             begin = unix - min(over_ns / 1e9, MAX_SPREAD_S)
             for minute, part in by_minute(amount, begin, unix):
                 self._pending.setdefault((minute, account), Amount()).add(part)
+                self.spending.add(minute, account, part.nano_usd)
 
     async def _write(self) -> None:
         old = [

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from serving import __version__, telemetry
 from serving.control.controller import Controller
+from serving.control.cost_metrics import budget_families
 from serving.control.gpu_metrics import gpu_families
 from serving.control.metric_families import family_of
 from serving.control.rollout_metrics import rollout_families
@@ -48,6 +49,7 @@ class _Collector(Collector):
         yield from self._replicas()
         yield from rollout_families(self._controller)
         yield from gpu_families(self._controller.gpus)
+        yield from budget_families(self._controller.budget_rows())
         yield from self._controller.cost_metrics.families(
             self._controller.ledger.totals, self._controller.ledger.prices
         )

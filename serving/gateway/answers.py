@@ -16,7 +16,7 @@ from serving.core.types import Batch, Signature
 from serving.errors import ServingError
 from serving.gateway.split import split_outputs
 from serving.gateway.trials import together
-from serving.gateway.usage import DEFAULT_TENANT, DIRECT, FAILED, NOBODY, SHADOW
+from serving.gateway.usage import DIRECT, FAILED, NOBODY, SHADOW
 
 if TYPE_CHECKING:
     from serving.gateway.infer import Call
@@ -162,14 +162,41 @@ def _count_usage(
     if batch[0].level == SHADOW_LEVEL:
         usage.add(replica, NOBODY, SHADOW, ns, requests)
         return
+    if usage.tenant is None:
+        _count_by_tenant(usage, replica, batch, ns, wasted)
+        return
     if wasted:
         # Not by the rows that the replica says it had: it may be wrong.
         rows = sum(call.rows for call in batch)
         lost = ns * sum(call.rows for call in wasted) // (rows or 1)
-        usage.add(replica, DEFAULT_TENANT, FAILED, lost, len(wasted))
+        usage.add(replica, usage.tenant, FAILED, lost, len(wasted))
         ns, requests = ns - lost, requests - len(wasted)
     if requests:
-        usage.add(replica, DEFAULT_TENANT, DIRECT, ns, requests)
+        usage.add(replica, usage.tenant, DIRECT, ns, requests)
+
+
+def _count_by_tenant(
+    usage: UsageMeter, replica: str, batch: list[Call], ns: int, wasted: list[Call]
+) -> None:
+    """Charge each tenant for its rows of the run. The parts add up to `ns`."""
+    lost = set(map(id, wasted)) if wasted else ()
+    shares: dict[tuple[str, str], list[int]] = {}
+    rows = 0
+    for call in batch:
+        rows += call.rows
+        source = call.tenant, FAILED if id(call) in lost else DIRECT
+        share = shares.get(source)
+        if share is None:
+            share = shares[source] = [0, 0]
+        share[0] += call.rows
+        share[1] += 1
+    upto = done = 0
+    for (tenant, kind), (own, requests) in shares.items():
+        upto += own
+        # Rounded as a sum, so that nothing is lost; a batch without rows is the first's.
+        end = ns * upto // rows if rows else ns
+        usage.add(replica, tenant, kind, end - done, requests)
+        done = end
 
 
 def _undelivered(batch: list[Call], call: Call, error: ServingError) -> None:

@@ -32,6 +32,7 @@ class Gateway:
             node=ray.get_runtime_context().get_node_id(),
             controller=ControlLink(lambda: serve.get_app_handle(CONTROLLER_APP)),
             tick_s=config.control.tick_s,
+            tenants=config.tenants,
         )
         await self._server.start()
         gc.collect()

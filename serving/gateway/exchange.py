@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from serving.core.protocol import encode_error, parse_json_length
-from serving.errors import InvalidRequest, PayloadTooLarge, ServingError
+from serving.errors import InvalidRequest, PayloadTooLarge, ServingError, Unauthenticated
 from serving.gateway import encoding
 from serving.gateway.headers import (
     BAD_REQUEST_ID,
@@ -180,12 +180,13 @@ class Exchange:
             self._submit(body)
 
     def _submit(self, body: _Buffer) -> None:
-        front = self.connection.front
+        front, headers = self.connection.front, self.headers
         try:
+            if front.tenants is not None:
+                front.tenants.check_budget(headers.tenant)
             arm = front.routes.infer_paths.get(self.path)
             if arm is None:
                 arm = front.routes.target(*model_and_version(self.path))
-            headers = self.headers
             json_length = parse_json_length(headers.json_length)
             timeout = None if headers.timeout is None else parse_timeout(headers.timeout)
             if self.given_id is not None and not is_request_id(self.given_id):
@@ -195,7 +196,9 @@ class Exchange:
             self._refuse(error)
             return
         try:
-            self.call = front.pipeline.submit(arm, request, self, self._arrival, timeout)
+            self.call = front.pipeline.submit(
+                arm, request, self, self._arrival, timeout, headers.tenant
+            )
         except Exception as error:
             self._fail(error)
 
@@ -300,6 +303,8 @@ class Exchange:
         head = b"content-type: application/json\r\n"
         if error.retry_after_s is not None:
             head += b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
+        if isinstance(error, Unauthenticated):
+            head += b"www-authenticate: Bearer\r\n"
         body = encode_error(str(error))
         self._write(error.http_status, head, (body,), len(body))
 

@@ -16,6 +16,7 @@ from serving.gateway.turns import SWEEP_S
 
 if TYPE_CHECKING:
     from serving.gateway.routes import Routes
+    from serving.gateway.tenants import Tenants
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,13 @@ class HttpFront:
         limits: HttpLimits,
         loop: asyncio.AbstractEventLoop,
         request_id_prefix: str,
+        tenants: Tenants | None = None,
     ) -> None:
+        """`tenants` is None where all requests are one tenant's, without a budget."""
         self.pipeline = pipeline
         self.routes = routes
         self.limits = limits
+        self.tenants = tenants
         self.loop = loop
         self.connections: set[HttpConnection] = set()
         self.unrouted: dict[str, int] = {}

@@ -8,6 +8,7 @@ from typing import Final
 
 from serving.errors import InvalidRequest
 from serving.gateway.infer import MAX_TIMEOUT_S
+from serving.tenant_settings import DEFAULT_TENANT
 
 _MAX_ID: Final = 128
 _READ: Final = frozenset(
@@ -28,7 +29,8 @@ _NONE: Final[Mapping[bytes, bytes]] = {}
 class RequestHeaders:
     """The headers that matter, as they came: they are checked when it is their request's turn.
 
-    `routing` are those that the route table asks for. Shared by requests with the same head.
+    `routing` are those that the route table asks for, `tenant` is whose the request is. Shared by
+    requests with the same head.
     """
 
     __slots__ = (
@@ -39,6 +41,7 @@ class RequestHeaders:
         "given_id",
         "json_length",
         "routing",
+        "tenant",
         "timeout",
     )
 
@@ -61,6 +64,7 @@ class RequestHeaders:
         self.given_id: bytes | None = None
         self.timeout: bytes | None = None
         self.routing = _NONE
+        self.tenant = DEFAULT_TENANT
         if asked:
             self.routing = {name: value for name, value in headers if name in asked}
         for name, value in headers:

@@ -234,6 +234,13 @@ class HttpConnection(Turns):
         if headers.content_length > self.front.limits.max_body_bytes:
             self._refuse_body()
             return
+        if (tenants := self.front.tenants) is not None:
+            try:
+                headers.tenant = tenants.identify(self.headers)
+            except errors.ServingError as error:
+                # At once: nobody's body is not waited for.
+                self.refuse(error)
+                return
         self.start_or_queue(exchange)
         if headers.expect_continue and exchange is self.active:
             self.transport.write(CONTINUE)

@@ -23,6 +23,7 @@ from serving.errors import (
     Unavailable,
 )
 from serving.gateway.trials import together
+from serving.tenant_settings import DEFAULT_TENANT
 
 if TYPE_CHECKING:
     from serving.core.inference import InferRequest
@@ -82,6 +83,7 @@ class Call:
         "sent",
         "sink",
         "suspect",
+        "tenant",
         "trial",
         "unseen",
     )
@@ -94,6 +96,7 @@ class Call:
         arrival: float,
         deadline: float,
         level: int,
+        tenant: str,
     ) -> None:
         self.arm = arm
         self.request = request
@@ -103,6 +106,7 @@ class Call:
         self.arrival = arrival
         self.deadline = deadline
         self.level = level
+        self.tenant = tenant
         self.sent = 0.0
         # How many replicas were lost that had it, and whether it may be what killed the last one.
         self.losses = 0
@@ -180,6 +184,7 @@ class Pipeline:
         sink: Sink,
         arrival: float,
         header_timeout_s: float | None = None,
+        tenant: str = DEFAULT_TENANT,
     ) -> Call:
         """Admit a request that arrived at `arrival`. The answer comes through `sink`.
 
@@ -201,7 +206,7 @@ class Pipeline:
         else:
             timeout = arm.arm.timeout_s
         deadline = arrival + min(timeout, MAX_TIMEOUT_S)
-        call = Call(arm.stable, request, sink, arrival, deadline, level)
+        call = Call(arm.stable, request, sink, arrival, deadline, level, tenant)
         arm.admit(call)
         self.watch(call.deadline)
         return call

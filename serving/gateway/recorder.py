@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.gateway.usage import UsageMeter
+from serving.tenant_settings import DEFAULT_TENANT
 
 SECONDS_BOUNDS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
@@ -69,7 +70,8 @@ class ArmRecorder:
         "usage",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, tenant: str | None = DEFAULT_TENANT) -> None:
+        """`tenant` is the only one that there is; None if requests say whose they are."""
         self._outcomes: dict[str, int] = {}
         # Of answers that are not in the histograms yet.
         self._latency, self._queue, self._compute = array("d"), array("d"), array("d")
@@ -77,7 +79,7 @@ class ArmRecorder:
             part: Histogram(SECONDS_BOUNDS) for part in ("latency", "gateway", "queue", "compute")
         }
         self.batch_size = Histogram(ROWS_BOUNDS)
-        self.usage = UsageMeter()
+        self.usage = UsageMeter(tenant)
 
     @property
     def outcomes(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ from serving.gateway.infer import Call, monotonic
 from serving.gateway.links import ReplicaLink
 from serving.gateway.recorder import ArmRecorder
 from serving.gateway.splitter import Splitter
+from serving.tenant_settings import DEFAULT_TENANT
 
 _ArmKey = tuple[str, str, str]
 # How long after the end of a split its last answers may come.
@@ -36,7 +37,9 @@ class Routes:
         limits: Limits,
         tls: Callable[[], ssl.SSLContext],
         loop: asyncio.AbstractEventLoop,
+        tenant: str | None = DEFAULT_TENANT,
     ) -> None:
+        """`tenant` is the only one that there is; None if requests say whose they are."""
         self.table = RouteTable()
         self.infer_paths: dict[bytes, ArmBatcher | Splitter] = {}
         # The request headers that some split depends on.
@@ -55,6 +58,7 @@ class Routes:
         self._recorders: dict[_ArmKey, ArmRecorder] = {}
         self._gateway = gateway
         self._node = node
+        self._tenant = tenant
         self._limits = limits
         self._tls = tls
         self._loop = loop
@@ -107,7 +111,7 @@ class Routes:
     def _batcher(self, arm: Arm) -> ArmBatcher:
         batcher = self._arms.get(_key(arm))
         if batcher is None:
-            recorder = self._recorders.setdefault(_key(arm), ArmRecorder())
+            recorder = self._recorders.setdefault(_key(arm), ArmRecorder(self._tenant))
             return ArmBatcher(arm, recorder, self._limits, self._loop)
         if batcher.arm != arm:
             batcher.configure(arm)

@@ -25,6 +25,8 @@ from serving.gateway.front import HttpFront, HttpLimits
 from serving.gateway.infer import Pipeline
 from serving.gateway.recorder import ROWS_BOUNDS, SECONDS_BOUNDS
 from serving.gateway.routes import Routes
+from serving.gateway.tenants import tenants_of
+from serving.tenant_settings import TenantsConfig
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +66,11 @@ class GatewayServer:
         node: str,
         controller: Controller,
         tick_s: float,
+        tenants: TenantsConfig | None = None,
     ) -> None:
+        """`tenants` of None are the defaults."""
         self._config = config
+        self._tenants = tenants or TenantsConfig()
         self._gateway = gateway
         self._node = node
         self._controller = controller
@@ -86,12 +91,14 @@ class GatewayServer:
             max_json_bytes=config.max_json_bytes,
             max_elements=config.max_elements,
         )
+        tenants = tenants_of(self._tenants)
         self.routes = Routes(
             gateway=self._gateway,
             node=self._node,
             limits=limits,
             tls=self._tls_context,
             loop=loop,
+            tenant=self._tenants.default if tenants is None else None,
         )
         self.pipeline = Pipeline(loop, self.routes.batchers)
         self.routes.watch = self.pipeline.watch
@@ -110,6 +117,7 @@ class GatewayServer:
             ),
             loop,
             request_id_prefix=f"{self._gateway[-8:]}-",
+            tenants=tenants,
         )
         listener = _listen(config.host, config.port)
         self.port: int = listener.getsockname()[1]
@@ -204,7 +212,7 @@ class GatewayServer:
         await _repeat(once, "report")
 
     async def _report(self) -> None:
-        """Report, and take the labels that the controller answers with.
+        """Report, and take what the controller answers with: labels, and who may not spend more.
 
         It sends a label until it hears that it was joined, so an answer that is lost does no harm.
         """
@@ -214,6 +222,8 @@ class GatewayServer:
         del self._joined[: len(payload["feedback_joined"])]
         if isinstance(answer, Mapping):
             self._joined += self.routes.feedback(answer.get("feedback") or ())
+            if self.front.tenants is not None and "spent" in answer:
+                self.front.tenants.spent(answer["spent"])
 
     def report(self) -> Mapping[str, Any]:
         """Totals since start and gauges, in plain JSON types."""

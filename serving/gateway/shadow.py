@@ -19,6 +19,7 @@ from serving.core.inference import InferRequest, OutputTensor
 from serving.core.routing import Split
 from serving.errors import DeadlineExceeded, Overloaded, ServingError, Unavailable
 from serving.gateway.infer import Call, Sink, monotonic
+from serving.gateway.usage import NOBODY
 
 if TYPE_CHECKING:
     from serving.gateway.answers import BatchAnswer
@@ -138,7 +139,7 @@ class Shadow:
         now = monotonic()
         canary = self._canary
         deadline = now + min(_TIMEOUT_S, canary.arm.timeout_s)
-        call = Call(canary, request, sink, now, deadline, SHADOW_LEVEL)
+        call = Call(canary, request, sink, now, deadline, SHADOW_LEVEL, NOBODY)
         call.unseen = True
         if self._stopped or canary.closed or not canary.ready or not canary.has_room(call):
             sink.drop()

@@ -188,7 +188,8 @@ class Splitter:
     def _ask_stable(self, call: Call, sink: Sink, deadline: float) -> bool:
         if self.stable.closed or deadline <= monotonic() + TICK_S:
             return False
-        leg = Call(self.stable, call.request, sink, call.arrival, deadline, call.level)
+        arrival, level = call.arrival, call.level
+        leg = Call(self.stable, call.request, sink, arrival, deadline, level, call.tenant)
         if not self.stable.has_room(leg):
             return False
         self.stable.admit(leg)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any, Final
 
+from serving.tenant_settings import DEFAULT_TENANT
+
 # How long after a replica has left its last totals are repeated.
 _KEEP_S: Final = 60.0
 
@@ -16,7 +18,6 @@ DIRECT: Final = "direct"
 FAILED: Final = "failed"
 SHADOW: Final = "shadow"
 NOBODY: Final = ""
-DEFAULT_TENANT: Final = "default"
 
 
 class _Counter:
@@ -31,11 +32,19 @@ class _Counter:
 
 
 class UsageMeter:
-    """What one version's replicas ran for this gateway."""
+    """What one version's replicas ran for this gateway.
 
-    __slots__ = ("_counters", "_monotonic")
+    `tenant` is the only one that there is; None if requests say whose they are.
+    """
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+    __slots__ = ("_counters", "_monotonic", "tenant")
+
+    def __init__(
+        self,
+        tenant: str | None = DEFAULT_TENANT,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tenant = tenant
         self._counters: dict[str, _Counter] = {}
         self._monotonic = monotonic
 

@@ -175,6 +175,7 @@ class World:
     resolver: FakeResolver = field(default_factory=FakeResolver)
     providers: FakeProviders = field(default_factory=lambda: FakeProviders())
     monotonic: float = 0.0
+    tenants: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.store: Store = open_store(f"sqlite:///{self.home / 'store.db'}")
@@ -182,7 +183,7 @@ class World:
     def config(self, models: dict[str, Any] | None = None) -> ServingConfig:
         # What is not about rollouts is told without them.
         models = {n: {"rollout": "immediate", **m} for n, m in (models or {}).items()}
-        raw = {"home": str(self.home), "models": models}
+        raw = {"home": str(self.home), "models": models, "tenants": self.tenants}
         return parse_config(raw, source="test")
 
     async def controller(self, wrap: Callable[[Any, str], Any] = lambda x, _: x) -> Controller:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -13,6 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serving.replica.control import ANNOUNCE_PERIOD_S
@@ -24,6 +27,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 RUN_S = 12.0
 USD_PER_HOUR = 3600.0
 TOLERANCE = 0.005
+KEY = "the key of small"
+BUDGET_USD = 0.002
+TENANTS = {
+    "keys": {"small": [hashlib.sha256(KEY.encode()).hexdigest()]},
+    "budgets": {"small": BUDGET_USD},
+}
 
 
 class Payers:
@@ -75,7 +84,7 @@ def read(deployment: Deployment) -> tuple[float, float, int]:
 
 def test_the_ledger_is_price_times_uptime(home: Path) -> None:
     models = {"mlp": {"version": "1", "replicas": 2, "usd_per_hour": USD_PER_HOUR}}
-    with Deployment(home, models) as deployment:
+    with Deployment(home, models, tenants=TENANTS) as deployment:
         eventually(lambda: len(replicas(deployment, "mlp")) == 2, "two replicas")
         payers = Payers(deployment.port)
         try:
@@ -109,6 +118,10 @@ def test_the_ledger_is_price_times_uptime(home: Path) -> None:
         # Nothing failed, so nothing is charged as failed, now or when the grace is over.
         assert "failed" not in group["kinds"]
 
+        status, _, _ = ask(deployment, "another key")
+        assert status == 401
+        eventually(lambda: ask(deployment, KEY)[0] == 429, "the budget is spent")
+
         # A replica and the controller are lost: what was charged stays, nothing is charged twice.
         spent = costs(deployment)["nano_usd"]
         pid = deployment.status()["controller"]["pid"]
@@ -120,6 +133,35 @@ def test_the_ledger_is_price_times_uptime(home: Path) -> None:
         now, _, total = read(deployment)
         most = 2 * USD_PER_HOUR / 3600 * (now - killed) * 1e9
         assert 0.5 * most < total - spent < 1.1 * most + 2e9
+
+        # What was spent before the restart is spent after it, for one tenant only.
+        [budget] = deployment.get(deployment.control_port, "/v1/cost?by=tenant")["budgets"]
+        assert budget["spent_usd"] >= BUDGET_USD
+        status, retry_after, error = ask(deployment, KEY)
+        assert status == 429
+        assert 0 < retry_after <= 86_400
+        assert "tenant 'small' has spent its budget of the day" in error
+        assert ask(deployment, None)[0] == 200
+        array = home / "x.npy"
+        np.save(array, np.zeros((1, 64), np.float32))
+        arguments = ["infer", "mlp", "--input", array, "-f", deployment.file]
+        refused = serving(*arguments, home=home, env={"SERVING_API_KEY": KEY})
+        assert (refused.returncode, "has spent its budget" in refused.stderr) == (1, True)
+        table = serving("cost", "--by", "tenant", "-f", deployment.file, home=home)
+        assert re.search(r"small +0\.002 +0\.0\d+ +spent", table.stdout), table.stdout
+        assert f'serving_tenant_budget_usd{{tenant="small"}} {BUDGET_USD}' in deployment.metrics()
+
+
+def ask(deployment: Deployment, key: str | None) -> tuple[int, int, str]:
+    """One inference with an API key: its status, Retry-After in seconds, and error."""
+    headers = {"content-type": "application/json"}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    with closing(http.client.HTTPConnection("127.0.0.1", deployment.port, timeout=20)) as client:
+        client.request("POST", MLP, json.dumps(mlp_body(1)), headers)
+        with client.getresponse() as reply:
+            found = json.loads(reply.read())
+            return reply.status, int(reply.headers["retry-after"] or 0), found.get("error", "")
 
 
 def _restarted(deployment: Deployment, pid: int) -> bool:

@@ -33,6 +33,7 @@ from serving.replica.backends.base import Backend
 from serving.replica.engine import Engine
 from serving.replica.rules import rules_for
 from serving.replica.server import ReplicaServer, TlsListener
+from serving.tenant_settings import TenantsConfig
 from tests.gateway.client import Client
 
 T = TypeVar("T")
@@ -100,8 +101,12 @@ class Gateway:
     """A `GatewayServer` on a loop of its own. `with Gateway(keep_alive_s=1) as gateway: …`."""
 
     def __init__(
-        self, loop_factory: Callable[[], Any] = uvloop.new_event_loop, **config: Any
+        self,
+        loop_factory: Callable[[], Any] = uvloop.new_event_loop,
+        tenants: TenantsConfig | None = None,
+        **config: Any,
     ) -> None:
+        self.tenants = tenants
         self.config = GatewayConfig(port=0, **config)
         self.controller = StubController()
         self.left: list[str] = []
@@ -130,6 +135,7 @@ class Gateway:
             node=NODE,
             controller=self.controller,
             tick_s=3600,
+            tenants=self.tenants,
         )
         await self.server.start()
         self.stopping = asyncio.Event()

@@ -22,7 +22,7 @@ def test_totals_by_replica_tenant_and_kind() -> None:
 
 def test_a_replica_that_left_is_told_of_for_a_minute() -> None:
     clock = [0.0]
-    meter = UsageMeter(lambda: clock[0])
+    meter = UsageMeter(monotonic=lambda: clock[0])
     meter.add("a", "default", "direct", 100, 2)
     began = meter.report()[0]["began"]
     for clock[0] in (10.0, 65.0):
