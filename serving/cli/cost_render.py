@@ -14,8 +14,11 @@ from serving.core.ledger import Kind
 
 def cost_table(found: dict[str, Any], since: str) -> RenderableType:
     """A table with a row a group, the total, and notes on what is not in it."""
+    budgets = found["budgets"] if "tenant" in found["by"] else []
+    shown = [_budget_table(budgets)] if budgets else []
     if not found["groups"]:
-        return Text("nothing has run" if since == "all" else f"nothing has run in the last {since}")
+        idle = "nothing has run" if since == "all" else f"nothing has run in the last {since}"
+        return Group(Text(idle), *shown)
     kinds = [kind.value for kind in Kind if kind.value in found["total"]["kinds"]]
     by = found["by"]
     table = grid(
@@ -35,10 +38,7 @@ def cost_table(found: dict[str, Any], since: str) -> RenderableType:
             *(_spent(group["kinds"].get(kind)) for kind in kinds if "kind" not in by),
             dollars(group["usd_per_month"]),
         )
-    parts: list[RenderableType] = [table, *(Text(line) for line in _notes(found))]
-    if "tenant" in by and found["budgets"]:
-        parts.append(_budget_table(found["budgets"]))
-    return Group(*parts)
+    return Group(table, *(Text(line) for line in _notes(found)), *shown)
 
 
 def _budget_table(budgets: list[dict[str, Any]]) -> RenderableType:

@@ -74,7 +74,7 @@ def tune(
     from serving.cli.render import show_view
     from serving.cli.tune_render import report, tuned_view
     from serving.config import load_config
-    from serving.core.tuning import choose
+    from serving.core.tuning import choose, why_none
     from serving.replica.tuning import tune as measure
 
     config = load_config(file)
@@ -91,7 +91,8 @@ def tune(
     else:
         show_view(tuned_view(found))
     if chosen is None:
-        raise ConflictError(f"nothing that was measured meets {found['objective']}")
+        why = why_none(tuned.found, objective)
+        raise ConflictError(f"nothing that was measured meets {found['objective']}: {why}")
 
 
 def _progress(line: str) -> None:

@@ -134,6 +134,25 @@ def choose(found: Sequence[Measurement], objective: Objective) -> Measurement | 
     return min(near, key=lambda m: m.latency_s[objective.percentile])
 
 
+def why_none(found: Sequence[Measurement], objective: Objective) -> str:
+    """Why nothing meets the objective, with the number that comes closest."""
+    percentile, limit_s = objective.percentile, objective.limit_s
+    in_time = [m for m in found if limit_s is None or m.latency_s[percentile] <= limit_s]
+    if not in_time:
+        fastest = min(m.latency_s[percentile] for m in found)
+        return (
+            f"none of {len(found)} settings is fast enough: "
+            f"the least {percentile} is {1e3 * fastest:.3g} ms"
+        )
+    costs = [m.usd_per_million for m in in_time if m.usd_per_million is not None]
+    if not costs:
+        return "the device has no price, so no highest cost can be met: see cost.prices"
+    return (
+        f"of {len(found)} settings {len(in_time)} are fast enough; the cheapest of them costs "
+        f"{min(costs):.4g} USD a million rows"
+    )
+
+
 def patch(model: str, chosen: Measurement, buckets: Sequence[int] | None) -> dict[str, Any]:
     """What to put into the configuration for a choice."""
     setting = chosen.setting

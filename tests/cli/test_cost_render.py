@@ -44,6 +44,9 @@ def test_the_table_says_what_is_left_today() -> None:
         line.split() for line in printed(view("tenant", spent=4.0)).splitlines()
     ]
     assert "budget" not in printed(view("model"))
+    nothing = {**view("tenant"), "groups": []}
+    assert "nothing has run in the last 24h" in printed(nothing)
+    assert ["a", "3", "2", "1"] in [line.split() for line in printed(nothing).splitlines()]
 
 
 def test_the_csv_has_it_too() -> None:

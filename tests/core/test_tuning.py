@@ -17,6 +17,7 @@ from serving.core.tuning import (
     settings,
     sizes_up_to,
     usd_per_million,
+    why_none,
 )
 
 
@@ -67,6 +68,18 @@ def test_the_cheapest_that_keeps_the_latency_is_chosen() -> None:
     assert choose(found, Objective("p50", 0.002)) is fast_and_dear
     assert choose(found, Objective("p99", 0.050, max_usd_per_million=1.5)) is None
     assert choose(found, Objective("p99", 0.001)) is None
+
+
+def test_why_nothing_fits_is_told_with_the_closest_number() -> None:
+    found = [measured(9000, 0.080, 1.0), measured(5000, 0.040, 2.0)]
+    assert why_none(found, Objective("p99", 0.01)) == (
+        "none of 2 settings is fast enough: the least p99 is 40 ms"
+    )
+    assert why_none(found, Objective("p99", 0.05, max_usd_per_million=1.5)) == (
+        "of 2 settings 1 are fast enough; the cheapest of them costs 2 USD a million rows"
+    )
+    unpriced = [measured(9000, 0.080)]
+    assert "has no price" in why_none(unpriced, Objective(max_usd_per_million=1.5))
 
 
 def test_without_prices_the_fastest_is_chosen_and_no_limit_of_cost_is_met() -> None:
