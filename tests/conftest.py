@@ -19,7 +19,7 @@ __all__ = ["fake_nvml", "nvml_here", "nvml_library"]
 
 
 def _write_sleeper(directory: Path) -> None:
-    """TorchScript: y = 2x, but a value over 1e3 keeps it busy so long, and one over 1e6 for ever."""
+    """TorchScript: y = 2x, but values over 1e3 keep it busy so long, over 1e6 for ever."""
     import torch
 
     class Sleeper(torch.nn.Module):

@@ -55,7 +55,9 @@ class Load:
         _shorten(self._counted, now)
         self._waiting = totals.waiting
         ready = {r.endpoint.replica: r for r in replicas if r.state == "ready" and _tells(r)}
-        self._used = {name: self._used.get(name, deque()) for name in ready}
+        if ready.keys() != self._used.keys():
+            # What each did before it shared the work with these adds up to more than there was.
+            self._used = {name: deque() for name in ready}
         for name, replica in ready.items():
             _note_usage(self._used[name], replica)
 
@@ -69,9 +71,12 @@ class Load:
 
     @property
     def busy(self) -> float | None:
-        """Run time of all replicas over the time that passed; None while none has said it twice."""
-        spans = [(u[0], u[-1]) for u in self._used.values() if u and u[-1].up_ns > u[0].up_ns]
-        if not spans:
+        """Run time of all replicas over the time that passed.
+
+        None until each has said it twice since the last of them came or went.
+        """
+        spans = [(u[0], u[-1]) for u in self._used.values() if len(u) > 1]
+        if not spans or len(spans) < len(self._used):
             return None
         return sum((b.busy_ns - a.busy_ns) / (b.up_ns - a.up_ns) for a, b in spans)
 

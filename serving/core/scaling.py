@@ -138,7 +138,7 @@ def decide(scaling: Scaling, wanted: int, seen: Observation, memory: Memory) -> 
     up = min(_steady_up(wanted, memory), scaling.most)
     if up > wanted:
         short = (wanted, seen.rate) if memory.lowered else None
-        return Decision(up, _why_up(scaling, seen), replace(memory, wishes=(), short=short))
+        return Decision(up, _why_up(scaling, seen), replace(memory, since=seen.now, short=short))
     idle_s = seen.now - memory.active_at
     if scaling.sleeps and not floor and idle_s >= scaling.idle_to_zero_after_s:
         return Decision(0, f"asleep after {idle_s:.0f} s without a request", begin(seen.now))
@@ -152,7 +152,7 @@ def decide(scaling: Scaling, wanted: int, seen: Observation, memory: Memory) -> 
 
 def _asleep(scaling: Scaling, seen: Observation, memory: Memory, floor: int) -> Decision:
     awake = begin(seen.now)
-    if floor:
+    if floor > scaling.least:
         return Decision(floor, f"woken: a rollout needs {floor}", awake)
     if not scaling.sleeps:
         return Decision(scaling.least, f"woken: {_bounds(scaling)}", awake)
