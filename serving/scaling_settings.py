@@ -37,11 +37,12 @@ class ScalingSettings(BaseModel):
     )
     scale_down_after: Span = Field(
         _DEFAULT.scale_down_after_s,
-        description="Replicas go when all of this time fewer would have done.",
+        description='Replicas go when all of this time fewer would have done. Seconds, or "60s".',
     )
     idle_to_zero_after: Span = Field(
         _DEFAULT.idle_to_zero_after_s,
-        description="With `min: 0`: the last replica goes after so long without a request.",
+        description="With `min: 0`: the last replica goes after so long without a request. "
+        'Seconds, or "10m".',
     )
     wake_queue: int = Field(
         _DEFAULT.wake_queue,

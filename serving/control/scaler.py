@@ -162,8 +162,8 @@ def _scaling(app: AppSpec) -> Scaling:
 def _floor(state: State, records: Sequence[Record], app: AppSpec) -> int:
     """What rollouts need of an application.
 
-    Until the bake ends either arm may have to take all traffic at once. After that the old version
-    is kept to be gone back to: it does not sleep.
+    Until the bake ends either arm may have to take all traffic at once, and after it the old
+    version, for as long as it is kept to be gone back to.
     """
     floor = 0
     for record in records:
@@ -171,9 +171,12 @@ def _floor(state: State, records: Sequence[Record], app: AppSpec) -> int:
         mine = app.replica.model == rollout.model
         if not mine or app.replica.version not in (rollout.stable, rollout.canary):
             continue
-        if record.live and not record.released:
-            arms = _apps(state, record) if rollout.active else []
-            floor = max(floor, 1, *(state.wanted(arm) for arm in arms))
+        if not record.live or record.released:
+            continue
+        if rollout.active:
+            floor = max(floor, 1, *(state.wanted(arm) for arm in _apps(state, record)))
+        elif app.replica.version == rollout.stable:
+            floor = max(floor, 1, state.wanted(app))
     return floor
 
 

@@ -163,7 +163,11 @@ def test_both_arms_of_a_rollout_keep_full_capacity(world: ScaledWorld) -> None:
             if record.rollout.state != "pending" and record.rollout.state != "preparing":
                 assert shown(controller, "2")["ready"] == 3
         assert record.rollout.state == "succeeded", record.rollout.reason
-        await world.seconds(controller, 12)
+        # A rollback starts nothing: the old version stays as it is while it is kept.
+        while "1" in controller.state.desired.models["m"].versions:
+            assert world.wanted(controller, "1") == 3
+            await world.second(controller)
+        await world.seconds(controller, 6)
         assert world.wanted(controller, "2") == 1
 
     run(scenario())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -35,7 +36,7 @@ def test_a_request_wakes_it_and_is_answered(gateway: Gateway, replica: Replica) 
         assert (row["model"], row["version"], row["replicas_connected"]) == ("m", "1", 0)
         eventually(lambda: gateway.run(lambda: gateway.batcher("m").waiting) == 3)
         gateway.publish(arm("m", [replica], wake_queue=4, queue_hold_s=0.0))
-        assert [caller.receive().values for caller in callers] == [[0, 0], [2, 2], [4, 4]]
+        assert [caller.reply().values for caller in callers] == [[0, 0], [2, 2], [4, 4]]
     assert gateway.outcomes("m") == {"success": 3}
 
 
@@ -53,7 +54,7 @@ def test_more_than_the_wake_up_queue_is_refused(gateway: Gateway, replica: Repli
         assert "at most 2 requests" in reply.error
         assert int(reply.headers["retry-after"]) >= 1
         gateway.publish(arm("m", [replica], wake_queue=2))
-        assert all(caller.receive().status == 200 for caller in callers)
+        assert all(caller.reply().status == 200 for caller in callers)
 
 
 def test_rows_are_bounded_too(gateway: Gateway, replica: Replica) -> None:
@@ -63,7 +64,7 @@ def test_rows_are_bounded_too(gateway: Gateway, replica: Replica) -> None:
         eventually(lambda: gateway.run(lambda: gateway.batcher("m").waiting) == 1)
         assert second.ask(infer("m", 1)).status == 503
         gateway.publish(arm("m", [replica], wake_queue=4))
-        assert first.receive().status == 200
+        assert first.reply().status == 200
 
 
 def test_nobody_waits_past_the_deadline(gateway: Gateway, replica: Replica) -> None:
@@ -83,15 +84,18 @@ def test_one_that_falls_asleep_and_wakes_again(gateway: Gateway, replica: Replic
         client.send(infer("m", 2))
         eventually(lambda: gateway.run(lambda: gateway.batcher("m").waiting) == 1)
         gateway.publish(awake)
-        assert client.receive().values == [4, 4]
+        assert client.reply().values == [4, 4]
 
 
 def test_one_that_may_sleep_no_more_has_time_to_come(gateway: Gateway, replica: Replica) -> None:
     gateway.publish(sleeping(replica))
-    # Long asleep, but from now on it is to be there: what waits is held, not answered 503.
+    batcher = gateway.batcher("m")
+    long_ago = time.monotonic() - 1000.0
+    gateway.run(lambda: setattr(batcher, "_down_since", long_ago))
+    # From now on it is to be there: what waits is held, as where all replicas are replaced.
     gateway.publish(sleeping(replica, wake_queue=0, queue_hold_s=15.0), ready=False)
     with gateway.connect() as client:
         client.send(infer("m", 1))
         eventually(lambda: gateway.run(lambda: gateway.batcher("m").waiting) == 1)
         gateway.publish(arm("m", [replica]))
-        assert client.receive().status == 200
+        assert client.reply().status == 200
