@@ -224,6 +224,25 @@ def test_one_that_sleeps_is_woken_by_the_report_of_a_waiting_request(world: Scal
     run(scenario())
 
 
+def test_a_rollout_wakes_what_sleeps(world: ScaledWorld) -> None:
+    async def scenario() -> None:
+        scaling = {"min": 0, "max": 2, "idle_to_zero_after": "5s"}
+        controller = await world.serving(scaling=scaling)
+        requests, world.traffic.requests_s = world.traffic.requests_s, 0
+        await world.seconds(controller, 16)
+        assert shown(controller)["state"] == "asleep"
+        await world.change(controller, "2", scaling=scaling)
+        await world.until(controller, "shadowing")
+        assert shown(controller, "1")["ready"] == shown(controller, "2")["ready"] == 1
+        # Nobody asks for longer than it takes to fall asleep.
+        await world.seconds(controller, 12)
+        assert shown(controller, "1")["ready"] == shown(controller, "2")["ready"] == 1
+        world.traffic.requests_s = requests
+        await world.until(controller, "succeeded")
+
+    run(scenario())
+
+
 def test_no_more_replicas_than_gpus_have_room_for(tmp_path: Path) -> None:
     world = ScaledWorld(tmp_path, gpus=[FakeGpu("GPU-a")])
 
