@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from serving.cli.render import show_view, status_view
 from serving.control.controller import Controller
 from serving.control.metrics import exposition
 from serving.control.status import status
@@ -68,7 +69,9 @@ async def entries(controller: Controller) -> list[tuple[int, int]]:
     return [(r["body"]["from"], r["body"]["to"]) for r in rows if r["action"] == "scale"]
 
 
-def test_replicas_follow_the_load_in_the_same_application(world: ScaledWorld) -> None:
+def test_replicas_follow_the_load_in_the_same_application(
+    world: ScaledWorld, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def scenario() -> None:
         controller = await world.serving(scaling=SCALING)
         assert (shown(controller)["state"], world.wanted(controller)) == ("ready", 1)
@@ -80,6 +83,8 @@ def test_replicas_follow_the_load_in_the_same_application(world: ScaledWorld) ->
         assert found["scaling"]["busy"] == pytest.approx(1.3, abs=0.1)
         assert "of 2 replicas busy" in found["scaling"]["reason"]
         assert len(controller.board.table.models["m"].arms["1"].endpoints) == 2
+        show_view(status_view(status(controller)))
+        assert "m version 1: 2 replicas (1 to 4): queue delay" in capsys.readouterr().out
         text = exposition(controller, "x").decode()
         assert 'serving_replicas{model="m",state="wanted",version="1"} 2.0' in text
         assert 'serving_scaling_busy_replicas{model="m",version="1"} 1.' in text
