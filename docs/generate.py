@@ -141,6 +141,16 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldI
             yield from _settings(field.annotation, f"{key}.")
         else:
             yield key, field
+        if (optional := _optional(field)) is not None:
+            yield from _settings(optional, f"{key}.")
+
+
+def _optional(field: FieldInfo) -> type[BaseModel] | None:
+    """The settings of a section that may be left out."""
+    if field.default is not None or typing.get_origin(field.annotation) is not types.UnionType:
+        return None
+    found = typing.get_args(field.annotation)[0]
+    return found if isinstance(found, type) and issubclass(found, BaseModel) else None
 
 
 def _type(annotation: Any) -> str:
@@ -164,6 +174,8 @@ def _type(annotation: Any) -> str:
 
 
 def _plain(field: FieldInfo) -> str:
+    if field.is_required():
+        return "…"
     value = field.get_default(call_default_factory=True)
     value = str(value) if isinstance(value, Path) else value
     return json.dumps(list(value) if isinstance(value, tuple) else value)
@@ -190,6 +202,10 @@ def _write_yaml(model: type[BaseModel], depth: int, lines: list[str]) -> None:
             _write_yaml(field.annotation, depth + 1, lines)
         else:
             lines += [f"{indent}# {field.description}", f"{indent}{name}: {_plain(field)}"]
+        if (optional := _optional(field)) is not None:
+            inner = []
+            _write_yaml(optional, 1, inner)
+            lines += [f"{indent}#{line}" for line in inner]
 
 
 def cli_page() -> str:

@@ -27,6 +27,7 @@ from serving.core.rollout_spec import PLAN_NAMES, RolloutSpec
 from serving.errors import ConfigError
 from serving.prices import PriceRow, load_rows, price_book
 from serving.rollout_plans import parse_plan, read_plan
+from serving.scaling_settings import ScalingSettings
 from serving.tenant_settings import TenantsConfig
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
@@ -248,6 +249,9 @@ class ModelConfig(_Frozen):
         (), description="More versions, addressed by /versions/V only."
     )
     replicas: int = Field(1, ge=1, le=1000, description="Replicas per version.")
+    scaling: ScalingSettings | None = Field(
+        None, description="Replicas by load instead of `replicas`: a mapping."
+    )
     resources: Resources = Field(
         default_factory=dict, description="Ray resources each replica needs, to choose its node."
     )
@@ -289,6 +293,23 @@ class ModelConfig(_Frozen):
         if self.rollout == IMMEDIATE:
             return None
         return parse_plan(self.rollout, source="rollout", ready_timeout_s=self.ready_timeout_s)
+
+    @model_validator(mode="after")
+    def _scaling_fits(self) -> ModelConfig:
+        if self.scaling is None:
+            return self
+        if self.replicas != 1:
+            why = (
+                "replicas and scaling exclude each other; scaling.min and scaling.max say how many"
+            )
+            raise PydanticCustomError("scaling", "{why}", {"why": why})
+        if self.scaling.target_queue_delay * 1e3 <= self.batching.max_delay_ms:
+            why = (
+                f"scaling.target_queue_delay is {self.scaling.target_queue_delay * 1e3:g} ms, "
+                f"batching.max_delay_ms alone is {self.batching.max_delay_ms:g}; allowed: more"
+            )
+            raise PydanticCustomError("scaling", "{why}", {"why": why})
+        return self
 
     @model_validator(mode="after")
     def _plan_fits(self) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -28,7 +29,7 @@ def _explain(error: Any, root: type[BaseModel], source: str) -> str:
         return f"{source}: {where!r} has nothing after it; write its settings, or {{}} for defaults"
     if error["type"] == "plan":
         return f"{source}: {where}{error['msg']}"
-    if error["type"] == "tenants":
+    if error["type"] in ("tenants", "scaling"):
         # Without what was found: it may be a key that was meant to be a hash of one.
         return f"{source}: {where}: {error['msg']}"
     if error["type"] == "extra_forbidden":
@@ -54,5 +55,12 @@ def _allowed_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]
         if get_origin(found) is dict:
             found = get_args(found)[1]
         else:
-            found = found.model_fields[str(part)].annotation
+            found = _section(found.model_fields[str(part)].annotation)
     return sorted(found.model_fields)
+
+
+def _section(annotation: Any) -> Any:
+    """A section's model, also where it may be left out."""
+    if get_origin(annotation) is not UnionType:
+        return annotation
+    return next((a for a in get_args(annotation) if hasattr(a, "model_fields")), annotation)

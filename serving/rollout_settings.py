@@ -94,8 +94,9 @@ def _metric(value: str) -> str:
 
 _METRICS: Final = f"allowed: {', '.join(spec.METRIC_NAMES)}, or module:function"
 
-Duration = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
-Span = Annotated[float, BeforeValidator(_seconds), AfterValidator(_positive)]
+_SECONDS: Final = BeforeValidator(_seconds, json_schema_input_type=float | str)
+Duration = Annotated[float, _SECONDS, Field(ge=0)]
+Span = Annotated[float, _SECONDS, AfterValidator(_positive)]
 """A duration that would make no sense as 0: an interval, a window, a timeout."""
 Url = Annotated[str, AfterValidator(_url)]
 Unit = Annotated[str, AfterValidator(_unit)]

@@ -78,6 +78,18 @@ REPLICAS: Final = Metric(
     "Replicas by state: wanted, starting, ready, draining, failed.",
     (*_VERSION, "state"),
 )
+SCALING_QUEUE_DELAY: Final = Metric(
+    "serving_scaling_queue_delay_seconds",
+    "gauge",
+    "Of versions that are scaled: how long 95 % of requests wait of late; 0 without any.",
+    _VERSION,
+)
+SCALING_BUSY: Final = Metric(
+    "serving_scaling_busy_replicas",
+    "gauge",
+    "Of versions that are scaled: run time of all replicas over the time that passed.",
+    _VERSION,
+)
 REPLICA_RSS: Final = Metric(
     "serving_replica_resident_memory_bytes",
     "gauge",
@@ -345,6 +357,8 @@ METRICS: Final = (
     QUEUE_DEPTH,
     IN_FLIGHT,
     REPLICAS,
+    SCALING_QUEUE_DELAY,
+    SCALING_BUSY,
     REPLICA_RSS,
     REPLICA_LOAD,
     MODEL_INFO,

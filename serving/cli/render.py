@@ -12,6 +12,8 @@ from rich.text import Text
 
 _STATE_STYLES: Final = {
     "ready": "green",
+    "asleep": "blue",
+    "waking": "yellow",
     "starting": "yellow",
     "replacing": "yellow",
     "leaving": "yellow",
@@ -66,6 +68,7 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     return Group(
         _replicas_table(versions),
         _traffic_table(versions),
+        *(Text(line) for line in _scaling(versions)),
         *(Text(line, style="red") for line in _complaints(status)),
         *(Text(line) for line in _places(status)),
     )
@@ -103,6 +106,16 @@ def _traffic_table(versions: list[tuple[dict[str, Any], dict[str, Any]]]) -> Ren
             milliseconds(v["p99_s"]),
         )
     return table
+
+
+def _scaling(versions: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """Why versions whose replicas follow their load have so many."""
+    return [
+        f"{model['name']} version {v['version']}: {v['wanted']} replicas "
+        f"({v['scaling']['min']} to {v['scaling']['max']}): {v['scaling']['reason']}"
+        for model, v in versions
+        if v["scaling"] and v["scaling"]["reason"]
+    ]
 
 
 def _complaints(status: dict[str, Any]) -> list[str]:

@@ -10,6 +10,10 @@ from typing import Any, Final
 import ray
 from ray import serve
 from ray.exceptions import RayError
+
+# What the dashboard's REST API for external scalers calls; a cluster of ours runs no dashboard.
+from ray.serve._private.common import DeploymentID
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
 from serving.control.state import AppStatus
@@ -19,6 +23,7 @@ from serving.errors import ClusterError, first_line
 HEALTH_CHECK_PERIOD_S: Final = 1.0
 HEALTH_CHECK_TIMEOUT_S: Final = 5.0
 DRAIN_S: Final = 20.0
+SCALE_TIMEOUT_S: Final = 5.0
 
 # What Ray and Serve raise when they cannot; anything else is a bug of ours.
 RAY_ERRORS: Final = (RayError, RayServeException, TimeoutError, RuntimeError)
@@ -73,7 +78,13 @@ class ServeCluster:
             except _BAD_OPTIONS as error:
                 refused[app.name] = f"Ray Serve does not take its options: {first_line(error)}"
             else:
-                targets.append(serve.RunTarget(bound, name=app.name, route_prefix=None))
+                target = serve.RunTarget(
+                    bound,
+                    name=app.name,
+                    route_prefix=None,
+                    external_scaler_enabled=app.scaling is not None,
+                )
+                targets.append(target)
         try:
             if targets:
                 serve.run_many(
@@ -86,6 +97,25 @@ class ServeCluster:
             raise ClusterError(f"cannot start {names}: {first_line(error)}") from error
         return refused
 
+    def scale(self, counts: Mapping[str, int]) -> None:
+        """Give applications so many replicas each, without touching others of theirs.
+
+        Serve stops a replica that is too many as it does at the end of an application: it drains.
+        Raises `ClusterError`.
+        """
+        try:
+            controller = _get_global_client()._controller
+            calls = [
+                controller.update_deployment_replicas.remote(
+                    DeploymentID(name=self._deployment().name, app_name=app), count
+                )
+                for app, count in counts.items()
+            ]
+            ray.get(calls, timeout=SCALE_TIMEOUT_S)
+        except RAY_ERRORS as error:
+            told = ", ".join(f"{app} to {count}" for app, count in counts.items())
+            raise ClusterError(f"cannot scale {told}: {first_line(error)}") from error
+
     def delete(self, names: Sequence[str]) -> None:
         """Delete applications, without waiting for their end. Raises `ClusterError`."""
         try:
@@ -94,19 +124,22 @@ class ServeCluster:
         except RAY_ERRORS as error:
             raise ClusterError(f"cannot delete {', '.join(names)}: {first_line(error)}") from error
 
-    def _bind(self, app: AppSpec) -> Any:
+    def _deployment(self) -> serve.Deployment:
         module, _, name = self._replica_class.partition(":")
         found = getattr(importlib.import_module(module), name)
-        deployment = found if isinstance(found, serve.Deployment) else serve.deployment(found)
+        return found if isinstance(found, serve.Deployment) else serve.deployment(found)
+
+    def _bind(self, app: AppSpec) -> Any:
         spec = {
             **app.replica.to_dict(),
             "app": app.name,
             "run_dir": f"{self._run_prefix}{app.name[-8:]}",
         }
         options = replica_options(self._env, app.replica.resources)
-        return deployment.options(**options, num_replicas=app.count, max_ongoing_requests=100).bind(
-            spec
+        deployment = self._deployment().options(
+            **options, num_replicas=app.count, max_ongoing_requests=100
         )
+        return deployment.bind(spec)
 
 
 def node_labels() -> dict[str, dict[str, str]]:

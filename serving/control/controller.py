@@ -30,6 +30,7 @@ from serving.control.reconcile import Blocking, Clock, Reconciler
 from serving.control.records import Record
 from serving.control.rollout_views import listed
 from serving.control.rollouts import Rollouts
+from serving.control.scaler import Scaler
 from serving.control.state import Cluster, NoProviders, Providers, Resolver, State
 from serving.control.totals import BASE, Totals, instance_of
 from serving.core.routing import RouteTable
@@ -97,6 +98,7 @@ class Controller:
         self._awaited: set[str] = set()
         self._started = clock.monotonic()
         self._resumed = False
+        self._woken = False
 
     async def start(self) -> None:
         """Load what was saved and start the loops. Raises `StoreError`."""
@@ -153,6 +155,10 @@ class Controller:
             Needs(self.config.gpu.safety_margin, self._artifact_bytes),
             self.clock,
         )
+        self.scaler = Scaler(
+            self.reconciler, self.fleet, self.totals, self.placer.no_room,
+            clock=self.clock, tick_s=self.config.control.tick_s,
+        )  # fmt: skip
         self.placer.recall(await self._in_store(self._store.memory_profiles))
         self.operations = Operations(
             self.config, self.reconciler, self.rollouts, self.placer,
@@ -219,6 +225,9 @@ class Controller:
             # A gateway has cut a canary off: no time to lose.
             self.rollouts.hurry()
             self._look_now.set()
+        if self.scaler.is_woken(payload):
+            self._woken = True
+            self._wake.set()
         self.rollouts.reach.heard(instance_of(payload), int(payload["revision"]), now)
         self.ledger.reported(instance_of(payload), usage)
         self.feedback.joined(payload.get("feedback_joined", ()))
@@ -386,8 +395,15 @@ class Controller:
         Raises `StoreError` or `ClusterError`; what was not done is done by the next step.
         """
         await self.watch()
+        if self._may_act():
+            await self._scale()
         if self._may_act() and (look or not self.reconciler.settled):
             await self.reconciler.tick(gateways_known=self.totals_are_current)
+
+    async def _scale(self) -> None:
+        woken, self._woken = self._woken, False
+        async with self.reconciler.lock:
+            await self.scaler.tick(self.rollouts.records, at_once=woken)
 
     async def watch(self) -> None:
         """Save totals, look who is there, and let rollouts go on by it. Raises `StoreError`."""

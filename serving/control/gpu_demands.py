@@ -32,6 +32,7 @@ class Claim:
     """An application that is to run. Claims of one `group` keep apart; "" has no group."""
 
     app: AppSpec
+    replicas: int
     group: str = ""
 
 
@@ -118,7 +119,7 @@ def demand_of(claim: Claim, need: Need) -> Demand:
         app=claim.app.name,
         model=replica.model,
         version=replica.version,
-        replicas=claim.app.count,
+        replicas=claim.replicas,
         bytes=need.bytes,
         group=claim.group,
         basis=need.basis,
@@ -138,14 +139,14 @@ def claims(state: State, records: Sequence[Record]) -> list[list[Claim]]:
     for apps in (state.routed.apps(), state.desired.apps(), coming):
         new = {n: a for n, a in apps.items() if n not in seen and n not in state.given_up}
         seen |= new.keys()
-        waves.append([claim_of(app, grouped) for app in new.values()])
+        waves.append([claim_of(app, state.wanted(app), grouped) for app in new.values()])
     return waves
 
 
-def claim_of(app: AppSpec, rolling_out: Iterable[str]) -> Claim:
-    """A claim; the arms of a rollout, which some models have, are one group."""
+def claim_of(app: AppSpec, replicas: int, rolling_out: Iterable[str]) -> Claim:
+    """A claim to `replicas`; the arms of a rollout, which some models have, are one group."""
     model = app.replica.model
-    return Claim(app, f"rollout of {model}" if model in set(rolling_out) else "")
+    return Claim(app, replicas, f"rollout of {model}" if model in set(rolling_out) else "")
 
 
 def devices(standings: Sequence[Standing], leases: Sequence[Lease]) -> list[Device]:

@@ -52,6 +52,9 @@ def served_version(
     elif pin.signature.batch is Batch.FIXED:
         max_size = min(max_size, pin.signature.fixed_rows)
     buckets = model.batching.buckets
+    scaling = model.scaling.spec if model.scaling is not None else None
+    # A version that may sleep is awake first: so it is seen to load before it is routed.
+    count = model.replicas if scaling is None else max(1, scaling.least)
     is_onnx = pin.platform == ONNX_PLATFORM
     replica = ReplicaSpec(
         model=name,
@@ -84,9 +87,10 @@ def served_version(
         queue_hold_s=model.queue.hold_ms / 1e3,
         timeout_s=model.timeout_ms / 1e3,
         usd_per_hour=model.usd_per_hour,
-        replicas=model.replicas,
+        replicas=count,
+        wake_queue=scaling.wake_queue if scaling is not None and scaling.sleeps else 0,
     )
-    return ServedVersion(AppSpec(replica, model.replicas, model.ready_timeout_s), arm)
+    return ServedVersion(AppSpec(replica, count, model.ready_timeout_s, scaling), arm)
 
 
 def check_fixed_settings(new: ServingConfig, running: ServingConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import psutil
@@ -22,6 +22,7 @@ from serving.control.gpu_metrics import gpu_families
 from serving.control.metric_families import family_of
 from serving.control.rollout_metrics import rollout_families
 from serving.control.totals import Histogram
+from serving.core.plan import AppSpec
 
 _HISTOGRAMS: Final = {
     "latency": telemetry.LATENCY,
@@ -89,8 +90,9 @@ class _Collector(Collector):
             key = (app.replica.model, app.replica.version)
             replicas = controller.fleet.of(name)
             found = Counter(r.state for r in replicas)
-            counts[*key, "wanted"] += app.count if name in desired else 0
-            counts[*key, "starting"] += max(0, app.count - found["ready"])
+            wanted = controller.state.wanted(app)
+            counts[*key, "wanted"] += wanted if name in desired else 0
+            counts[*key, "starting"] += max(0, wanted - found["ready"])
             for state in ("ready", "draining", "failed"):
                 counts[*key, state] += found[state]
             for r in replicas:
@@ -99,7 +101,18 @@ class _Collector(Collector):
                 load.add_metric(labels, float(r.info.get("load_s") or 0))
         for triple, n in sorted(counts.items()):
             states.add_metric(triple, n)
-        yield from (states, rss, load, self._models())
+        yield from (states, rss, load, self._models(), *self._scaling({**routed, **desired}))
+
+    def _scaling(self, apps: Mapping[str, AppSpec]) -> tuple[Family, Family]:
+        delay, busy = family_of(telemetry.SCALING_QUEUE_DELAY), family_of(telemetry.SCALING_BUSY)
+        for name, app in sorted(apps.items()):
+            tracked = self._controller.scaler.tracked(name)
+            if tracked is None or tracked.seen is None:
+                continue
+            key = (app.replica.model, app.replica.version)
+            delay.add_metric(key, tracked.seen.queue_delay_s or 0.0)
+            busy.add_metric(key, tracked.seen.busy or 0.0)
+        return delay, busy
 
     def _models(self) -> Family:
         controller = self._controller

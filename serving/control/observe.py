@@ -14,7 +14,7 @@ from serving.control.reconcile import Clock, Reconciler
 from serving.control.records import Record
 from serving.control.state import Providers
 from serving.control.totals import Totals
-from serving.core.plan import ServedVersion
+from serving.core.plan import AppSpec, ServedVersion
 from serving.core.rollout_counts import Sample
 from serving.core.rollout_progress import due_hooks
 from serving.core.rollout_types import ProviderState, Rollout, Snapshot
@@ -35,6 +35,7 @@ class Observer:
         self._clock = clock
         self._tick_s = tick_s
         self._seen: dict[str, set[tuple[str, int]]] = {}
+        self._largest: dict[str, int] = {}
         self._answers: dict[str, dict[str, ProviderState]] = {}
 
     def snapshot(
@@ -94,7 +95,8 @@ class Observer:
         """Replicas that a version is to have."""
         model = self._reconciler.state.desired.models.get(record.rollout.model)
         served = model.versions.get(version) if model else None
-        return (served or record.served.versions[version]).app.count
+        app = (served or record.served.versions[version]).app
+        return self._reconciler.state.wanted(app)
 
     def _routed(self, rollout: Rollout, version: str) -> ServedVersion | None:
         model = self._reconciler.state.routed.models.get(rollout.model)
@@ -116,8 +118,15 @@ class Observer:
         seen = self._seen.setdefault(app, set(current))
         new = current - seen
         seen |= new
+        restarted = max(0, len(new) - self._grown(served.app, len(current)))
         # Two at once are two.
-        return tuple(now + i * 1e-3 for i in range(len(new)))
+        return tuple(now + i * 1e-3 for i in range(restarted))
+
+    def _grown(self, app: AppSpec, running: int) -> int:
+        """By how many replicas an application that is scaled was ever larger than at last look."""
+        largest = self._largest.setdefault(app.name, running)
+        self._largest[app.name] = max(largest, running)
+        return self._largest[app.name] - largest if app.scaling is not None else 0
 
 
 def _span_s(rollout: Rollout) -> float:

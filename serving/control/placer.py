@@ -90,11 +90,21 @@ class Placer:
         }  # fmt: skip
         arms = {*rolling_out, *(r.rollout.model for r in records if r.live and not r.released)}
         waves = [
-            [claim_of(c.app, arms) for c in wave if c.app.name not in gone] for wave in waves
+            [claim_of(c.app, c.replicas, arms) for c in wave if c.app.name not in gone]
+            for wave in waves
         ]  # fmt: skip
         known = {c.app.name for wave in waves for c in wave}
-        added = [claim_of(app, arms) for app in new if app.name not in known]
+        added = [claim_of(app, state.wanted(app), arms) for app in new if app.name not in known]
         return self._view([*waves, added], {c.app.name for c in added}, gone)
+
+    def no_room(self, state: State, records: Sequence[Record], app: str) -> str | None:
+        """Why not all replicas that `state` wants of an application find a GPU; None: they do."""
+        found = self.devices()
+        if not found:
+            return None
+        waves = claims(state, records)
+        demands = _demands(waves, self._needs_of(waves, found))
+        return self.book.plan(found, demands).refused.get(app)
 
     def _view(
         self, waves: list[list[Claim]], new: Collection[str], gone: Collection[str]
@@ -145,7 +155,7 @@ class Placer:
             "app": app.name,
             "model": app.replica.model,
             "version": app.replica.version,
-            "replicas": app.count,
+            "replicas": claim.replicas,
             "new": new,
             "bytes": need.bytes if need else None,
             "basis": need.basis if need else "",

@@ -105,6 +105,8 @@ class Reconciler:
         self._drain_s = drain_s
         self._specs: dict[str, AppSpec] = {}
         self._retiring: dict[str, _Retiring] = {}
+        # What Serve was told of applications that are scaled, by this process.
+        self._told: dict[str, int] = {}
 
     def adopt(self, state: State) -> None:
         """Go by a state that has been saved."""
@@ -123,7 +125,7 @@ class Reconciler:
         """See who is there now. Needs no Serve, so that a stuck one stops no replacement."""
         current = self.state.desired.apps() | self.state.routed.apps()
         self._specs = {n: a for n, a in self._specs.items() if n in self.apps} | current
-        wanted = {name: app.count for name, app in self._specs.items()}
+        wanted = {name: self.state.wanted(app) for name, app in self._specs.items()}
         self.fleet.expire(self._clock.monotonic(), wanted)
         names = {*self.apps, *current}
         self.endpoints = {name: self.fleet.endpoints(name) for name in names}
@@ -208,7 +210,9 @@ class Reconciler:
             await self.publish()
             drained = self._drained(decision, now) if gateways_known else []
             self.settled = not (decision.pending or decision.start or decision.retire)
-        await self._start(decision)
+            start = [replace(app, count=max(1, self.state.wanted(app))) for app in decision.start]
+        await self._start(start)
+        await self._scale()
         await self._delete(drained)
 
     def _observed(self) -> dict[str, ObservedApp]:
@@ -222,7 +226,9 @@ class Reconciler:
                 error = error or status.message
             age = max(0.0, unix - status.since)
             endpoints = self.endpoints.get(name, ())
-            seen[name] = ObservedApp(status.phase, endpoints, error, age)
+            spec = self._specs.get(name)
+            wanted = None if spec is None else self.state.wanted(spec)
+            seen[name] = ObservedApp(status.phase, endpoints, error, age, wanted)
         return seen
 
     async def _record(self, decision: Decision) -> None:
@@ -239,12 +245,30 @@ class Reconciler:
         await self.commit(after, event=event)
         await self._tell_given_up(before)
 
-    async def _start(self, decision: Decision) -> None:
-        if decision.start:
-            names = [app.name for app in decision.start]
+    async def _start(self, apps: Sequence[AppSpec]) -> None:
+        if apps:
+            names = [app.name for app in apps]
             log.info("starting %s", ", ".join(names))
             await self._event("start", apps=names)
-            await self._give_up(await self._in_cluster(self._cluster.start, decision.start))
+            await self._give_up(await self._in_cluster(self._cluster.start, apps))
+
+    async def _scale(self) -> None:
+        """Tell Serve how many replicas its applications are to have, where that has changed.
+
+        Serve keeps what it is told; after a restart of this process it is told once more.
+        """
+        there = (Phase.STARTING, Phase.RUNNING)
+        running = {name for name, app in self.apps.items() if app.phase in there}
+        self._told = {name: n for name, n in self._told.items() if name in running}
+        wanted = {
+            name: self.state.wanted(app)
+            for name, app in (self.state.desired.apps() | self.state.routed.apps()).items()
+            if app.scaling is not None and name in running
+        }
+        changed = {name: n for name, n in wanted.items() if self._told.get(name) != n}
+        if changed:
+            await self._in_cluster(self._cluster.scale, changed)
+            self._told |= changed
 
     async def _give_up(self, refused: Mapping[str, str]) -> None:
         """Do not try again what can never start."""

@@ -18,6 +18,7 @@ class State:
 
     `config` is the configuration that was applied, `given_up` maps an application to its error.
     `also` maps a model to the versions that its configuration serves beside the default one.
+    `scaled` maps an application to the replicas that it is to have, where its load says how many.
     `deployment` is the id of the `serving up` that `routed` describes: another one has none of
     those applications.
     """
@@ -30,6 +31,25 @@ class State:
     applied_at: float = 0.0
     deployment: str = ""
     also: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    scaled: Mapping[str, int] = field(default_factory=dict)
+
+    def wanted(self, app: AppSpec) -> int:
+        """How many replicas an application is to have.
+
+        What takes over from a version under load begins with as many replicas as that one has.
+        """
+        if app.scaling is None:
+            return app.count
+        if app.name in self.scaled:
+            return self.scaled[app.name]
+        return min(app.scaling.most, max(app.count, self._answering(app.replica.model)))
+
+    def _answering(self, model: str) -> int:
+        routed = self.routed.models.get(model)
+        if routed is None:
+            return 0
+        app = routed.versions[routed.version].app
+        return self.scaled.get(app.name, 0) if app.scaling is not None else app.count
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the store."""
@@ -42,6 +62,7 @@ class State:
             "applied_at": self.applied_at,
             "deployment": self.deployment,
             "also": {model: list(versions) for model, versions in self.also.items()},
+            "scaled": dict(self.scaled),
         }
 
     @classmethod
@@ -70,6 +91,12 @@ class Cluster(Protocol):
         """Start applications that do not exist yet, without waiting for them.
 
         Gives the names of those that can never start, with the reason.
+        """
+
+    def scale(self, counts: Mapping[str, int]) -> None:
+        """Give applications that are scaled so many replicas each; those that stay are untouched.
+
+        Does not wait for them. To say it twice does no harm.
         """
 
     def delete(self, names: Sequence[str]) -> None:

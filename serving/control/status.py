@@ -147,7 +147,8 @@ def _version(
         "app": served.app.name,
         "replicas": [_replica(controller, r) for r in replicas],
         "ready": ready,
-        "wanted": served.app.count,
+        "wanted": controller.state.wanted(served.app),
+        "scaling": _scaling(controller, served.app),
         "requests": totals.total,
         "outcomes": totals.requests,
         "errors": totals.errors,
@@ -169,9 +170,27 @@ def _state(
         return "leaving"
     if target.name != app.name and target.name not in controller.state.given_up:
         return "replacing"
-    if ready >= app.count:
-        return "ready"
+    count = controller.state.wanted(app)
+    if ready >= count:
+        return "ready" if count else "asleep"
+    if not ready and app.scaling is not None and app.scaling.sleeps:
+        return "waking"
     return "degraded" if ready else "unavailable"
+
+
+def _scaling(controller: Controller, app: AppSpec) -> dict[str, Any] | None:
+    """Of a version whose replicas follow its load: within which bounds, and why so many."""
+    if app.scaling is None:
+        return None
+    tracked = controller.scaler.tracked(app.name)
+    seen = tracked.seen if tracked is not None else None
+    return {
+        "min": app.scaling.least,
+        "max": app.scaling.most,
+        "reason": tracked.reason if tracked is not None else "",
+        "queue_delay_s": seen.queue_delay_s if seen is not None else None,
+        "busy": seen.busy if seen is not None else None,
+    }
 
 
 def _last_error(controller: Controller, app: AppSpec) -> str:

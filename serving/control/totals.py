@@ -81,12 +81,16 @@ class Histogram:
 
 @dataclass
 class ArmTotals:
-    """One version's totals over all gateways; the gauges over the live ones."""
+    """One version's totals over all gateways; the gauges over the live ones.
+
+    `queue_depth` counts rows, `waiting` the requests that they belong to.
+    """
 
     requests: dict[str, int] = field(default_factory=dict)
     histograms: dict[str, Histogram] = field(default_factory=dict)
     queue_depth: int = 0
     in_flight: int = 0
+    waiting: int = 0
 
     @property
     def answered(self) -> int:
@@ -188,6 +192,8 @@ class Totals:
                 if instance in current:
                     arm.queue_depth += int(m["queue_depth"])
                     arm.in_flight += int(m["in_flight"])
+                    # A gateway of an earlier release does not say.
+                    arm.waiting += int(m.get("waiting", 0))
         return arms
 
     def unrouted(self) -> Counter[str]:
@@ -266,7 +272,7 @@ def instance_of(payload: Mapping[str, Any]) -> str:
 
 def _counts(payload: Mapping[str, Any]) -> str:
     """What of a report is worth a write: the totals, not the gauges."""
-    volatile = {"queue_depth", "in_flight", "replicas_connected"}
+    volatile = {"queue_depth", "in_flight", "waiting", "replicas_connected"}
     rows = [{k: v for k, v in m.items() if k not in volatile} for m in payload["models"]]
     counted = [rows, payload.get("unrouted"), payload.get("rollouts")]
     return json.dumps(counted, sort_keys=True)

@@ -219,6 +219,10 @@ class RequestQueue(Generic[T]):
         for lane in self._lanes.values():
             yield from lane.items
 
+    def __len__(self) -> int:
+        lanes = sum(len(lane.items) for lane in self._lanes.values())
+        return lanes + len(self._reruns) + len(self._suspects)
+
     def __bool__(self) -> bool:
         return self.rows > 0
 

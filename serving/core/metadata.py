@@ -18,7 +18,7 @@ ModelState = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
-    """One version in the repository index. `reason` says why it is not ready."""
+    """One version in the repository index. `reason` says why it is not ready, or asleep."""
 
     name: str
     version: str

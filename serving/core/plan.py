@@ -27,22 +27,29 @@ from typing import Any, Final
 
 from serving.core.replica import ReplicaSpec
 from serving.core.routing import Arm, Endpoint, ModelRoute, RouteTable
+from serving.core.scaling import Scaling
 
 APP_PREFIX: Final = "model-"
 
 
 @dataclass(frozen=True, slots=True)
 class AppSpec:
-    """One Serve application: `count` replicas of one version, immutable from start to deletion."""
+    """One Serve application: replicas of one version, immutable from start to deletion.
+
+    `count` of them, or with `scaling` as many as that says, from `count` on.
+    """
 
     replica: ReplicaSpec
     count: int
     ready_timeout_s: float = 300.0
+    scaling: Scaling | None = None
 
     @property
     def name(self) -> str:
         """`model-<name>-v<version>-<hash>`: equal if a replica could not tell the difference."""
-        identity = {**self.replica.to_dict(), "run_dir": "", "app": "", "count": self.count}
+        # One that is scaled has no number of replicas that would make it another.
+        count = self.count if self.scaling is None else 0
+        identity = {**self.replica.to_dict(), "run_dir": "", "app": "", "count": count}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return f"{APP_PREFIX}{self.replica.model}-v{self.replica.version}-{digest[:8]}"
 
@@ -99,7 +106,9 @@ class Layout:
 
 
 def _app_from_dict(raw: Mapping[str, Any]) -> AppSpec:
-    return AppSpec(**{**raw, "replica": ReplicaSpec.from_dict(raw["replica"])})
+    # Layouts of earlier versions say nothing of scaling.
+    scaling = Scaling(**raw["scaling"]) if raw.get("scaling") else None
+    return AppSpec(**{**raw, "replica": ReplicaSpec.from_dict(raw["replica"]), "scaling": scaling})
 
 
 class Phase(StrEnum):
@@ -117,13 +126,15 @@ class ObservedApp:
     """One application as seen now.
 
     `error` is what Serve or a replica said about a failed start; `age_s` counts from the start of
-    the application, or of the controller if it was there before.
+    the application, or of the controller if it was there before. `wanted` replicas are to be ready
+    before it is routed; None: as many as it is started with.
     """
 
     phase: Phase = Phase.ABSENT
     endpoints: tuple[Endpoint, ...] = ()
     error: str = ""
     age_s: float = 0.0
+    wanted: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +186,7 @@ def _failure(app: AppSpec, seen: ObservedApp) -> str:
     if seen.phase is Phase.FAILED:
         return "its replicas do not start; see the replica's log"
     if seen.phase in (Phase.STARTING, Phase.RUNNING) and seen.age_s > app.ready_timeout_s:
-        ready = f"{len(seen.endpoints)} of {app.count} replicas"
+        ready = f"{len(seen.endpoints)} of {_needed(app, seen)} replicas"
         return f"{ready} ready within ready_timeout_s={app.ready_timeout_s:g}"
     return ""
 
@@ -183,7 +194,11 @@ def _failure(app: AppSpec, seen: ObservedApp) -> str:
 def is_ready(app: AppSpec, seen: ObservedApp) -> bool:
     """Whether every replica of `app` is warm and listening, and will stay."""
     alive = seen.phase in (Phase.STARTING, Phase.RUNNING)
-    return alive and len(seen.endpoints) >= app.count
+    return alive and len(seen.endpoints) >= _needed(app, seen)
+
+
+def _needed(app: AppSpec, seen: ObservedApp) -> int:
+    return app.count if seen.wanted is None else seen.wanted
 
 
 def _exists(seen: ObservedApp) -> bool:
@@ -327,7 +342,7 @@ def _row(
         change, reason = Change.START, "failed before" if after.app.name in given_up else "new"
     elif after.app.name != before.app.name:
         change, reason = Change.REPLACE, f"changed: {', '.join(_differences(after, before))}"
-    elif after.arm != before.arm:
+    elif after != before:
         change, reason = Change.UPDATE, f"changed: {', '.join(_differences(after, before))}"
     elif default and current.version != version:
         change, reason = Change.UPDATE, "becomes the default version"
@@ -339,7 +354,8 @@ def _row(
 def _differences(after: ServedVersion, before: ServedVersion) -> list[str]:
     def flat(served: ServedVersion) -> dict[str, Any]:
         arm = {n: getattr(served.arm, n) for n in Arm.__dataclass_fields__}
-        return {**arm, **served.app.replica.to_dict(), "run_dir": ""}
+        settings = {"scaling": served.app.scaling, "ready_timeout_s": served.app.ready_timeout_s}
+        return {**arm, **served.app.replica.to_dict(), **settings, "run_dir": ""}
 
     new, old = flat(after), flat(before)
     return sorted(key for key in new if new[key] != old[key])

@@ -31,7 +31,7 @@ class Arm:
     """One version that may answer, with its limits. Durations are seconds.
 
     `usd_per_hour` is the configured price of a replica, `prices` those by replica where it has
-    none.
+    none. With a `wake_queue` it may have no replica at all: so many requests wait for one.
     """
 
     model: str
@@ -50,6 +50,7 @@ class Arm:
     timeout_s: float = 30.0
     usd_per_hour: float | None = None
     replicas: int = 1
+    wake_queue: int = 0
     prices: Mapping[str, float] = field(default_factory=dict)
 
     def price(self, replica: str) -> float | None:

@@ -82,7 +82,7 @@ class _Api:
 
     async def model_ready(self, request: Request) -> Response:
         batcher = self._routes.arm(*_names(request))
-        ready = batcher.ready
+        ready = batcher.accepts
         return _json(metadata.model_ready(batcher.arm.model, ready), 200 if ready else 400)
 
     async def model_config(self, request: Request) -> Response:
@@ -109,8 +109,9 @@ class _Api:
                 yield route.name, version
 
     def _entry(self, model: str, version: str) -> IndexEntry:
-        if self._routes.arm(model, version).ready:
-            return IndexEntry(model, version, "READY")
+        batcher = self._routes.arm(model, version)
+        if batcher.accepts:
+            return IndexEntry(model, version, "READY", "" if batcher.ready else "asleep")
         return IndexEntry(model, version, "UNAVAILABLE", "no replica is connected")
 
     def _arm(self, request: Request) -> Arm:

@@ -35,13 +35,20 @@ class ArmBatcher:
     """Queue and dispatch for one version. All methods run on the loop."""
 
     def __init__(
-        self, arm: Arm, recorder: ArmRecorder, limits: Limits, loop: asyncio.AbstractEventLoop
+        self,
+        arm: Arm,
+        recorder: ArmRecorder,
+        limits: Limits,
+        loop: asyncio.AbstractEventLoop,
+        wake: Callable[[], None],
     ) -> None:
+        """`wake` is called when a request waits for a version that has no replica."""
         self.arm = arm
         # Whose a call is until an arm is chosen for it; see `Splitter`.
         self.stable = self
         self.recorder = recorder
         self._loop = loop
+        self._ask_to_wake = wake
         self._limits = limits
         self._queue: RequestQueue[Call] = RequestQueue()
         self._service = ServiceModel()
@@ -63,6 +70,9 @@ class ArmBatcher:
 
     def configure(self, arm: Arm) -> None:
         """Take over the settings of a new route table; version and digest stay."""
+        if self.arm.wake_queue and not arm.wake_queue and self._down_since is not None:
+            # From now on there is to be a replica: it takes its time to come.
+            self._down_since = monotonic()
         self.arm = arm
         self._bound_rows(arm.max_size)
         self.response_headers = (
@@ -90,6 +100,16 @@ class ArmBatcher:
     def ready(self) -> bool:
         """Whether a replica can take batches."""
         return self._down_since is None and not self.closed
+
+    @property
+    def accepts(self) -> bool:
+        """Whether requests are taken: a version that sleeps takes them until one wakes it."""
+        return self.ready or (self.arm.wake_queue > 0 and not self.closed)
+
+    @property
+    def waiting(self) -> int:
+        """Requests waiting."""
+        return len(self._queue)
 
     @property
     def replicas_connected(self) -> int:
@@ -142,6 +162,11 @@ class ArmBatcher:
         return True
 
     def _check_room(self, call: Call) -> None:
+        if self._down_since is not None and self.arm.wake_queue:
+            self._room.check_asleep(call, self.arm)
+            if not self._queue:
+                self._loop.call_soon(self._ask_to_wake)
+            return
         if self._down_since is not None and self._hold is None:
             raise no_replica(self.arm)
         self._room.check(call, self.arm, self._max_rows)
@@ -303,7 +328,8 @@ class ArmBatcher:
     def _hold_on(self) -> None:
         """Let requests wait for a replica while `queue_hold_s` lasts, then answer them."""
         self._hold = None
-        if self._down_since is None:
+        if self._down_since is None or self.arm.wake_queue:
+            # One that may sleep is waited for as long as each request can.
             return
         left = self._down_since + self.arm.queue_hold_s - monotonic()
         if left > TICK_S:

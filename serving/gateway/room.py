@@ -40,6 +40,17 @@ class Room:
                 retry_after_s=wait,
             )
 
+    def check_asleep(self, call: Call, arm: Arm) -> None:
+        """Raise `Unavailable` unless the call may wait for the version's first replica."""
+        waiting, rows = len(self._queue), self._queue.rows
+        if waiting >= arm.wake_queue or rows + call.rows > arm.queue_max_rows:
+            raise Unavailable(
+                f"model {arm.model!r} version {arm.version}: it is asleep and about to wake; "
+                f"{waiting} requests of {rows} rows are waiting, at most {arm.wake_queue} requests "
+                f"of {arm.queue_max_rows} rows may",
+                retry_after_s=2.0,
+            )
+
     def _drain_s(self, max_rows: int) -> float:
         """Expected time to run all that waits, one run after another, in seconds."""
         queue = self._queue

@@ -47,6 +47,8 @@ class Routes:
         # What splitters report to: a new deadline, and a canary that was cut off.
         self.watch: Callable[[float], None] = _ignore
         self.breaker_opened: Callable[[], None] = _ignore
+        # A version without replicas is asked for.
+        self.wake: Callable[[], None] = _ignore
         # By rollout; and of the table in force, by model.
         self._splitters: dict[str, Splitter] = {}
         self._splits: dict[str, Splitter] = {}
@@ -65,11 +67,11 @@ class Routes:
 
     @property
     def ready(self) -> bool:
-        """Whether a complete table is there and every default version has a connected replica."""
+        """Whether a complete table is there and every default version accepts requests."""
         table = self.table
         routed = table.revision > 0 and table.complete
         return routed and all(
-            m.version in m.arms and self.arm(m.name).ready for m in table.models.values()
+            m.version in m.arms and self.arm(m.name).accepts for m in table.models.values()
         )
 
     def batchers(self) -> Iterator[ArmBatcher]:
@@ -112,7 +114,7 @@ class Routes:
         batcher = self._arms.get(_key(arm))
         if batcher is None:
             recorder = self._recorders.setdefault(_key(arm), ArmRecorder(self._tenant))
-            return ArmBatcher(arm, recorder, self._limits, self._loop)
+            return ArmBatcher(arm, recorder, self._limits, self._loop, lambda: self.wake())
         if batcher.arm != arm:
             batcher.configure(arm)
         return batcher
@@ -216,6 +218,7 @@ class Routes:
                 "digest": digest,
                 **self._recorders[model, version, digest].to_dict(),
                 "queue_depth": sum(b.queue_depth for b in batchers),
+                "waiting": sum(b.waiting for b in batchers),
                 "in_flight": sum(b.in_flight for b in batchers),
                 "replicas_connected": sum(b.replicas_connected for b in batchers),
             }

@@ -103,6 +103,7 @@ class GatewayServer:
         self.pipeline = Pipeline(loop, self.routes.batchers)
         self.routes.watch = self.pipeline.watch
         self.routes.breaker_opened = self._report_now.set
+        self.routes.wake = self._report_now.set
         self.front = HttpFront(
             self.pipeline,
             self.routes,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class FakeCluster:
     generation: dict[str, int] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
+    scaled: list[tuple[str, int]] = field(default_factory=list)
     now: float = 1000.0
 
     def observe(self) -> dict[str, AppStatus]:
@@ -56,6 +57,12 @@ class FakeCluster:
             self.apps[app.name], self.phases[app.name] = app, Phase.STARTING
             self.started.append(app.name)
         return refused
+
+    def scale(self, counts: Mapping[str, int]) -> None:
+        for name, count in counts.items():
+            assert self.apps[name].scaling is not None, f"{name} is not scaled"
+            self.apps[name] = replace(self.apps[name], count=count)
+            self.scaled.append((name, count))
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:
