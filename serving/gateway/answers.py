@@ -117,7 +117,11 @@ def hand_out(
     batch: list[Call], answer: BatchAnswer, arm: Arm, recorder: ArmRecorder, replica: str
 ) -> None:
     """Give every caller that still waits its part of what `replica` answered."""
-    trials: list[Trial] = []
+    # By trial, the positions of its requests that are answered now, and their latencies.
+    counted: dict[Trial, tuple[list[int], list[float]]] = {}
+    current: Trial | None = None
+    positions: list[int] = []
+    latencies: list[float] = []
     # Calls that this answer comes too late for, or is of no use to.
     wasted: list[Call] = []
     for position, call in enumerate(batch):
@@ -144,14 +148,14 @@ def hand_out(
             else:
                 wasted.append(call)
             if (trial := call.trial) is not None:
-                if not trial.pending:
-                    trials.append(trial)
-                trial.pending.append(total)
-                if trial.observer is not None:
-                    trial.answered.append(position)
+                if trial is not current:
+                    current = trial
+                    positions, latencies = counted.setdefault(trial, ([], []))
+                positions.append(position)
+                latencies.append(total)
     _count_usage(recorder.usage, replica, batch, answer, wasted)
-    for trial in trials:
-        trial.batch_answered(replica, batch, answer)
+    for trial, (positions, latencies) in counted.items():
+        trial.batch_answered(replica, batch, positions, latencies, answer)
 
 
 def _count_usage(
