@@ -128,17 +128,32 @@ class Tally:
         }
 
 
-class Draw:
-    """Requests that chance sent to an arm together.
-
-    `tally`: where their batch was counted, if it was. `failed`: the cluster that has failed it.
-    """
+class Counted:
+    """A batch that was counted, in one replica's tally; it fails at most once."""
 
     __slots__ = ("failed", "tally")
 
+    def __init__(self, tally: Tally) -> None:
+        tally.batches += 1
+        self.tally = tally
+        self.failed = False
+
+    def fail(self) -> bool:
+        """Count it as failed, unless it has been; whether it was now."""
+        if self.failed:
+            return False
+        self.failed = True
+        self.tally.failed_batches += 1
+        return True
+
+
+class Draw:
+    """Requests that chance sent to an arm together; `batch` is what they were counted as."""
+
+    __slots__ = ("batch",)
+
     def __init__(self) -> None:
-        self.tally: Tally | None = None
-        self.failed: Cluster | None = None
+        self.batch: Counted | None = None
 
 
 class Cluster:
@@ -147,38 +162,32 @@ class Cluster:
     Whatever comes of each, a trial counts them as one batch, and as one that failed if any did.
     """
 
-    __slots__ = ("_failed", "_tallies")
+    __slots__ = ("_batches", "_failed")
 
     def __init__(self) -> None:
-        # By trial, where the batch was counted: its failure goes to the same replica.
-        self._tallies: dict[Trial, Tally] = {}
+        # By trial: its failure goes to the replica where it was counted.
+        self._batches: dict[Trial, Counted] = {}
         self._failed: set[object] = set()
 
-    def count(self, trial: Trial, tally: Tally) -> bool:
-        """Count the batch, unless it has been; whether it was now."""
-        if trial in self._tallies:
-            return False
-        self._tallies[trial] = tally
-        tally.batches += 1
-        return True
+    def count(self, trial: Trial, tally: Tally) -> Counted | None:
+        """Count the batch; None if it has been counted before."""
+        if trial in self._batches:
+            return None
+        batch = self._batches[trial] = Counted(tally)
+        return batch
 
     def count_failure(self, trial: Trial, tally: Tally, draw: Draw | None) -> bool:
         """Count the batch as failed, unless it has been, or the draw has; whether it was now."""
-        if draw is not None:
-            if draw.failed is not None and draw.failed is not self:
-                return False
-            draw.failed = self
-        if not self.first(trial):
+        batch = self._batches.get(trial)
+        own = None if draw is None else draw.batch
+        if own is not None and own.failed and own is not batch:
             return False
-        if draw is not None and draw.tally is not None:
-            # Another run has answered a part of it: the batch that was counted then has failed.
-            self._tallies.setdefault(trial, draw.tally)
-        self.count(trial, tally)
-        tally = self._tallies[trial]
-        tally.failed_batches += 1
+        if batch is None:
+            # What another run has answered of the draw is the same batch.
+            batch = self._batches[trial] = own or Counted(tally)
         if draw is not None:
-            draw.tally = tally
-        return True
+            draw.batch = batch
+        return batch.fail()
 
     def first(self, who: object) -> bool:
         """Whether `who` hears of the failure for the first time."""
@@ -271,15 +280,12 @@ class Trial:
         counted, it ends with one.
         """
         draw, cluster = last.draw, last.cluster
-        if draw is not None and draw.tally is not None:
+        if draw is not None and draw.batch is not None:
             return False
-        if cluster is None:
-            tally.batches += 1
-        elif not cluster.count(self, tally):
-            return False
+        batch = Counted(tally) if cluster is None else cluster.count(self, tally)
         if draw is not None:
-            draw.tally = tally
-        return True
+            draw.batch = batch
+        return batch is not None
 
     def failed(self, call: Call, error: ServingError) -> bool:
         """A request of this arm failed: count it, and say whether stable answers it instead.

@@ -13,7 +13,7 @@ import pytest
 from serving.core.assignment import unit_point
 from serving.core.rollout_counts import ArmCountsRow
 from serving.gateway.draws import MOST, Draws
-from serving.gateway.trials import Cluster, Draw, Tally
+from serving.gateway.trials import Cluster, Counted, Draw, Tally
 from tests.gateway.client import Client, infer
 from tests.gateway.harness import PATIENCE_S, Gateway
 from tests.gateway.models import RAISES
@@ -221,12 +221,22 @@ def test_a_run_of_several_draws_is_one_event(rollout: Rollout) -> None:
 
 
 def test_a_draw_whose_replicas_differ_fails_where_it_was_counted() -> None:
-    """`failed_batches` never exceeds `batches`, whichever replica answered and which failed."""
-    draw, first, second = Draw(), Tally(), Tally()
-    trial = object()
-    first.batches, draw.tally = 1, first
-    cluster = Cluster()
-    assert cluster.count_failure(trial, second, draw)  # type: ignore[arg-type]
+    draw, first, second, trial = Draw(), Tally(), Tally(), object()
+    draw.batch = Counted(first)
+    assert Cluster().count_failure(trial, second, draw)  # type: ignore[arg-type]
     assert not Cluster().count_failure(trial, second, draw)  # type: ignore[arg-type]
     assert (first.batches, first.failed_batches) == (1, 1)
     assert (second.batches, second.failed_batches) == (0, 0)
+
+
+def test_no_batch_fails_twice_however_its_draws_are_scattered() -> None:
+    """The controller reads no row with more failed batches than batches."""
+    tally, trial = Tally(), object()
+    earlier, split = Draw(), Draw()
+    # Both draws were in a run that failed; alone, a request of the second was answered.
+    run = Cluster()
+    split.batch = run.count(trial, tally)  # type: ignore[arg-type]
+    # Its rest fails in a run of its own, then the first draw's request alone.
+    assert Cluster().count_failure(trial, tally, split)  # type: ignore[arg-type]
+    assert not run.count_failure(trial, tally, earlier)  # type: ignore[arg-type]
+    assert (tally.batches, tally.failed_batches) == (1, 1)
