@@ -9,8 +9,8 @@ Evidence needs each draw to be unbiased whatever came before, and its outcomes t
 (`serving.gateway.trials.Draw`). It is: the chance of the canary is the weight for every draw, so
 for every request; and what belongs to a draw does not depend on how it falls. A turn's requests
 have all arrived when the loop polls, before the first of them is read and the draw is made. A draw
-ends in the callback that it schedules itself, at the end of its turn, or when it is full. Both arms
-send only after that, so no answer to one of its requests brings another into it. Queues have no say
+ends in the callback that it schedules itself, at the end of its turn, or when it is full, and no
+replica's answer to one of its requests is read before that, to bring another into it. Queues have no say
 in it. How busy the gateway is, and so how large the next turn is, may well depend on earlier draws:
 a draw must be fair given the past, not independent of it.
 """
