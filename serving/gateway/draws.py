@@ -10,9 +10,9 @@ Evidence needs each draw to be unbiased whatever came before, and its outcomes t
 for every request; and what belongs to a draw does not depend on how it falls. A turn's requests
 have all arrived when the loop polls, before the first of them is read and the draw is made. A draw
 ends in the callback that it schedules itself, at the end of its turn, or when it is full, and no
-replica's answer to one of its requests is read before that, to bring another into it. Queues have no say
-in it. How busy the gateway is, and so how large the next turn is, may well depend on earlier draws:
-a draw must be fair given the past, not independent of it.
+replica's answer to one of its requests is read before that, to bring another into it. Queues have
+no say in it. How busy the gateway is, and so how large the next turn is, may well depend on earlier
+draws: a draw must be fair given the past, not independent of it.
 """
 
 from __future__ import annotations
