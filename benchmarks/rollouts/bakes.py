@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.rollouts import simulate, slo_burn, traffic
+from benchmarks.rollouts import draws, simulate, slo_burn, traffic
 from benchmarks.rollouts.detection import quantiles
 from benchmarks.rollouts.false_rollbacks import upper_bound
 from benchmarks.rollouts.traffic import (
@@ -80,7 +80,9 @@ def measure(rollouts: int, seed: int) -> list[dict[str, Any]]:
 
 def _cells() -> Iterator[tuple[str, Cell]]:
     for scenario, rate, error in product(SCENARIOS, RATES, BASE_ERRORS):
-        yield "healthy", Cell(rate, error, scenario, replicas=1)
+        # All requests are the canary's: nothing is drawn.
+        if scenario not in draws.PARTS:
+            yield "healthy", Cell(rate, error, scenario, replicas=1)
     for (name, fault), rate in product(FAULTS.items(), RATES):
         yield name, Cell(rate, BASE_ERRORS[0], fault=fault, replicas=1)
 

@@ -9,8 +9,15 @@ from typing import Any
 import numpy as np
 from scipy.stats import beta
 
-from benchmarks.rollouts import simulate
-from benchmarks.rollouts.traffic import BASE_ERRORS, RATES, SCENARIOS, Cell, default_ramp
+from benchmarks.rollouts import draws, simulate
+from benchmarks.rollouts.traffic import (
+    BASE_ERRORS,
+    BUSY_RATES,
+    RATES,
+    SCENARIOS,
+    Cell,
+    default_ramp,
+)
 
 ALLOWED = 0.01
 
@@ -21,7 +28,7 @@ def cells() -> list[Cell]:
         Cell(rate, base_error, scenario)
         for scenario in SCENARIOS
         if scenario != "day"  # the same, seventy times slower
-        for rate in RATES
+        for rate in (BUSY_RATES if scenario in draws.PARTS else RATES)
         for base_error in BASE_ERRORS
     ]
 

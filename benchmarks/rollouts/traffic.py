@@ -20,17 +20,28 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
+from benchmarks.rollouts import draws
 from serving.core.rollout_baseline import ALONE, BODY, LATEST_ANSWERS, MIN_ANSWERS, TAIL
 from serving.core.rollout_counts import LATENCY_BOUNDS
 from serving.core.rollout_spec import FLOOR_S, RolloutSpec, default_plan
 
 Array: TypeAlias = NDArray[np.float64]
 Scenario = Literal[
-    "independent", "diurnal", "batches", "sticky", "slow-canary", "slow-stable", "day"
+    "independent",
+    "diurnal",
+    "batches",
+    "sticky",
+    "slow-canary",
+    "slow-stable",
+    "day",
+    "draws",
+    "blips",
 ]
 
 SCENARIOS: Final[tuple[Scenario, ...]] = get_args(Scenario)
 RATES: Final = (1.0, 10.0, 200.0, 2000.0)
+BUSY_RATES: Final = (2000.0, 20_000.0)
+"""Where scenarios of `draws.PARTS` happen: a gateway draws requests together that come at once."""
 BASE_ERRORS: Final = (0.0, 0.001, 0.005, 0.02)
 
 # Shares of predictions in the ten most frequent classes, and in all others.
@@ -196,17 +207,14 @@ def draw(cell: Cell, plan: Plan, rollouts: int, rng: np.random.Generator) -> Cou
         shares = _sticky_shares(cell, plan, rollouts, rng)
     blocks = np.zeros((*shape, len(EVENTS), SOURCES, 4))
     bounds = frozen_bounds(cell, plan, np.broadcast_to(weather.latency, shape), rng)
+    parts = [_shares_of_events(cell, plan, s, weather, bounds) for s in range(SOURCES)]
+    grouped = cell.scenario in draws.PARTS
+    if grouped:
+        _draw_together(cell, plan, blocks, shares, parts, rng)
     for source in range(SOURCES):
-        rates = cell.rate * weather.rate * shares[source]
-        # A gateway collects batches an arm, whichever replica then runs them.
-        arm = rates if source == STABLE else cell.rate * weather.rate * shares[:STABLE].sum(axis=0)
-        size = np.minimum(1 + arm * _COLLECT_S, _LARGEST_BATCH)
-        batches = rng.poisson(rates * plan.seconds / size)
-        requests = batches + rng.poisson(batches * (size - 1))
-        for event, share in _shares_of_events(cell, plan, source, weather, bounds).items():
-            blocks[..., EVENTS.index(event), source, :] = _events(
-                rng, requests, batches, size, share, together=cell.scenario == "batches"
-            )
+        if not grouped:
+            _draw_one_by_one(cell, plan, blocks, weather, shares, parts[source], source, rng)
+        requests = blocks[:, :, 0, source, 0].astype(np.int64)
         blocks[..., 3, source, :] = _labels(rng, requests, weather.errors)
     if cell.scenario == "sticky":
         _first_failures(cell, plan, blocks[..., 0, :, :], rng)
@@ -218,6 +226,46 @@ def draw(cell: Cell, plan: Plan, rollouts: int, rng: np.random.Generator) -> Cou
     together = cell.scenario == "batches"
     before[:, 0, STABLE] = _events(rng, requests, batches, size, cell.base_error, together=together)
     return Counts(blocks, before, _predictions(rng, blocks))
+
+
+def _draw_one_by_one(
+    cell: Cell,
+    plan: Plan,
+    blocks: Array,
+    weather: _Weather,
+    shares: Array,
+    parts: dict[str, Array],
+    source: int,
+    rng: np.random.Generator,
+) -> None:
+    """Fill in a source's events: `parts` of its requests, which are drawn each by itself."""
+    rates = cell.rate * weather.rate * shares[source]
+    # A gateway collects batches an arm, whichever replica then runs them.
+    arm = rates if source == STABLE else cell.rate * weather.rate * shares[:STABLE].sum(axis=0)
+    size = np.minimum(1 + arm * _COLLECT_S, _LARGEST_BATCH)
+    batches = rng.poisson(rates * plan.seconds / size)
+    requests = batches + rng.poisson(batches * (size - 1))
+    for event, share in parts.items():
+        blocks[..., EVENTS.index(event), source, :] = _events(
+            rng, requests, batches, size, share, together=cell.scenario == "batches"
+        )
+
+
+def _draw_together(
+    cell: Cell,
+    plan: Plan,
+    blocks: Array,
+    shares: Array,
+    parts: Sequence[dict[str, Array]],
+    rng: np.random.Generator,
+) -> None:
+    """Fill in all sources' events, where requests are drawn in groups."""
+    drawn = draws.divided(rng, (cell.rate * plan.seconds).astype(np.float64), shares)
+    for event in parts[0]:
+        of_sources = np.stack([np.broadcast_to(of[event], shares.shape[1:]) for of in parts])
+        blocks[:, :, EVENTS.index(event)] = draws.counts(
+            rng, cell.scenario, cell.rate, drawn, of_sources
+        )
 
 
 def _by_source(cell: Cell, share: Array) -> Array:

@@ -11,6 +11,8 @@ divided by Kish's design effect
 d = 1 for independent failures, d = m where a batch fails as a whole. The event's rate k/n stays
 what it was; the number of units it stands on becomes what it is worth.
 
+A batch is a run, or the requests of one draw where that is more: those went to their arm together.
+
 The correlation comes from two counts, k of n requests and f of b batches with an event. Let a
 batch have a shared event with probability q, and a request one of its own with probability p. Then
 1 − k/n = (1 − q)(1 − p) and 1 − f/b = (1 − q)(1 − p)^m give both.

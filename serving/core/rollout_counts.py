@@ -77,7 +77,8 @@ class ArmCountsRow:
     """What was counted for one arm of one epoch, by one replica or by several.
 
     `failed` counts requests that the arm failed, at most one a sticky unit; `failed_batches` counts
-    runs in which at least one request failed. `latency` has one entry an answered request,
+    batches in which at least one request failed: a batch is a run, or what was drawn together where
+    that is more. `latency` has one entry an answered request,
     `batch_latency` the slowest request of each batch. `labels` are late labels: (known, wrong).
     `shielded`, `overridden` and `diverted` are not part of `requests`' evidence: they only inform.
     """

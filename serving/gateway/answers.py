@@ -117,21 +117,28 @@ def hand_out(
     batch: list[Call], answer: BatchAnswer, arm: Arm, recorder: ArmRecorder, replica: str
 ) -> None:
     """Give every caller that still waits its part of what `replica` answered."""
-    trials: list[Trial] = []
+    # By trial, the latencies of its requests that are answered now; it is mostly one.
+    counted: dict[Trial, list[float]] = {}
+    current: Trial | None = None
+    latencies: list[float] = []
     # Calls that this answer comes too late for, or is of no use to.
     wasted: list[Call] = []
+    missed: set[int] = set()
     for position, call in enumerate(batch):
         if call.done:
             wasted.append(call)
+            missed.add(position)
             continue
         call.done = True
         try:
             finished = call.sink.answered(call, answer, position)
         except ServingError as error:
             wasted.append(call)
+            missed.add(position)
             _undelivered(batch, call, error)
         except Exception:
             wasted.append(call)
+            missed.add(position)
             # One answer that cannot be written must not cost its batch-mates theirs.
             log.exception("an answer of model %s could not be delivered", arm.model)
             failure = ServingError("internal error while the answer was written")
@@ -144,14 +151,15 @@ def hand_out(
             else:
                 wasted.append(call)
             if (trial := call.trial) is not None:
-                if not trial.pending:
-                    trials.append(trial)
-                trial.pending.append(total)
-                if trial.observer is not None:
-                    trial.answered.append(position)
+                if trial is not current:
+                    current, latencies = trial, counted.setdefault(trial, [])
+                latencies.append(total)
     _count_usage(recorder.usage, replica, batch, answer, wasted)
-    for trial in trials:
-        trial.batch_answered(replica, batch, answer)
+    for trial, latencies in counted.items():
+        positions: Sequence[int] = range(len(batch))
+        if len(latencies) < len(batch):
+            positions = [i for i in positions if batch[i].trial is trial and i not in missed]
+        trial.batch_answered(replica, batch, positions, latencies, answer)
 
 
 def _count_usage(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from serving.gateway.answers import BatchAnswer
     from serving.gateway.batcher import ArmBatcher
     from serving.gateway.splitter import Splitter
-    from serving.gateway.trials import Cluster, Trial
+    from serving.gateway.trials import Cluster, Draw, Trial
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class Call:
         "cluster",
         "deadline",
         "done",
+        "draw",
         "final_deadline",
         "key",
         "level",
@@ -114,9 +115,10 @@ class Call:
         self.done = False
         # The replica that had it last.
         self.replica = ""
-        # Of a request in a rollout: where it is counted, the requests that share its fate, and when
-        # the client's time is up, if the canary has only a part of it.
+        # Of a request in a rollout: where it is counted, the draw and the fate that it shares with
+        # others, and when the client's time is up, if the canary has only a part of it.
         self.trial: Trial | None = None
+        self.draw: Draw | None = None
         self.cluster: Cluster | None = None
         self.final_deadline = 0.0
         # No client waits for it: it is there to be judged, and no metric of clients counts it.

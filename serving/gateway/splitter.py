@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +17,7 @@ from serving.core.assignment import unit_hash, unit_point
 from serving.core.routing import Split
 from serving.errors import ServingError
 from serving.gateway.breaker import Breaker
+from serving.gateway.draws import Draws
 from serving.gateway.infer import TICK_S, Call, Sink, monotonic
 from serving.gateway.observer import Memory, Observer
 from serving.gateway.shadow import Shadow
@@ -55,8 +55,7 @@ class Splitter:
         self.breaker = Breaker(split.breaker_failures, monotonic, breaker_opened)
         self.diverted = self.overridden = self.shielded = 0
         self._watch = watch
-        # Which requests are drawn must not be guessed from others; nothing more depends on it.
-        self._draw = random.Random().random
+        self._draws = Draws(loop)
         self._trials: dict[tuple[int, str], Trial] = {}
         # By arm, in order of their first failure.
         self._failed_units: dict[str, OrderedDict[int, None]] = {
@@ -70,13 +69,15 @@ class Splitter:
     def configure(self, split: Split, stable: ArmBatcher, canary: ArmBatcher) -> None:
         """Go by a new route table."""
         self.stable, self.canary = stable, canary
+        # A draw belongs to one epoch.
+        self._draws.end()
         # Of a request that is not in either arm yet: the settings, and what counts its refusal.
         self.arm, self.recorder = stable.arm, stable.recorder
         self._weight = split.weight
         self._salt = split.salt.encode()
         self._shield = split.shield
         self._overrides = [(n.encode(), v.encode(), arm) for n, v, arm in split.overrides]
-        # What sticks to an arm; it gives None where a request is drawn by itself.
+        # What sticks to an arm; it gives None where a request is drawn by chance.
         self._unit = _unit_finder(split.unit)
         self._by_id = split.unit == "request"
         self.headers = frozenset({*(n for n, _, _ in self._overrides), *_unit_headers(split.unit)})
@@ -122,7 +123,7 @@ class Splitter:
                 return
         else:
             unit = call.sink.given_id if self._by_id else self._unit(call)
-            point = self._draw() if unit is None else unit_point(self._salt, unit)
+            point = self._draws.point(call) if unit is None else unit_point(self._salt, unit)
             if point >= self._weight:
                 call.trial = self._stable_trial
                 if self._shadowing:

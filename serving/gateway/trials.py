@@ -4,7 +4,10 @@ Totals since the gateway's start, as all that it reports, so a lost report loses
 has one weight; a request belongs to the epoch in which it was assigned, however late its answer.
 
 A trial counts each way the evidence needs: requests and failed requests, batches and failed
-batches. What a client did wrong, or gave up, is in neither.
+batches. What a client did wrong, or gave up, is in neither. A batch is a run, or a draw where that
+is more: requests that were drawn together are one event, however many runs they come to, and a run
+is one, however many draws it is of. So each batch, and each that failed, stands for a run of its
+own and for a draw of its own.
 """
 
 from __future__ import annotations
@@ -125,34 +128,66 @@ class Tally:
         }
 
 
+class Counted:
+    """A batch that was counted, in one replica's tally; it fails at most once."""
+
+    __slots__ = ("failed", "tally")
+
+    def __init__(self, tally: Tally) -> None:
+        tally.batches += 1
+        self.tally = tally
+        self.failed = False
+
+    def fail(self) -> bool:
+        """Count it as failed, unless it has been; whether it was now."""
+        if self.failed:
+            return False
+        self.failed = True
+        self.tally.failed_batches += 1
+        return True
+
+
+class Draw:
+    """Requests that chance sent to an arm together; `batch` is what they were counted as."""
+
+    __slots__ = ("batch",)
+
+    def __init__(self) -> None:
+        self.batch: Counted | None = None
+
+
 class Cluster:
     """Requests of one fate: their run failed, their replica was lost, or they waited behind it.
 
     Whatever comes of each, a trial counts them as one batch, and as one that failed if any did.
     """
 
-    __slots__ = ("_failed", "_tallies")
+    __slots__ = ("_batches", "_failed")
 
     def __init__(self) -> None:
-        # By trial, where the batch was counted: its failure goes to the same replica.
-        self._tallies: dict[Trial, Tally] = {}
+        # By trial: its failure goes to the replica where it was counted.
+        self._batches: dict[Trial, Counted] = {}
         self._failed: set[object] = set()
 
-    def count(self, trial: Trial, tally: Tally) -> bool:
-        """Count the batch, unless it has been; whether it was now."""
-        if trial in self._tallies:
-            return False
-        self._tallies[trial] = tally
-        tally.batches += 1
-        return True
+    def count(self, trial: Trial, tally: Tally) -> Counted | None:
+        """Count the batch; None if it has been counted before."""
+        if trial in self._batches:
+            return None
+        batch = self._batches[trial] = Counted(tally)
+        return batch
 
-    def count_failure(self, trial: Trial, tally: Tally) -> bool:
-        """Count the batch as failed, unless it has been; whether it was now."""
-        if not self.first(trial):
+    def count_failure(self, trial: Trial, tally: Tally, draw: Draw | None) -> bool:
+        """Count the batch as failed, unless it has been, or the draw has; whether it was now."""
+        batch = self._batches.get(trial)
+        own = None if draw is None else draw.batch
+        if own is not None and own.failed and own is not batch:
             return False
-        self.count(trial, tally)
-        self._tallies[trial].failed_batches += 1
-        return True
+        if batch is None:
+            # What another run has answered of the draw is the same batch.
+            batch = self._batches[trial] = own or Counted(tally)
+        if draw is not None:
+            draw.batch = batch
+        return batch.fail()
 
     def first(self, who: object) -> bool:
         """Whether `who` hears of the failure for the first time."""
@@ -193,18 +228,12 @@ def blame(
 
 
 class Trial:
-    """One arm in one epoch.
-
-    `pending` collects the latencies of the batch at hand, and `answered` with an `observer` the
-    positions of its requests in it.
-    """
+    """One arm in one epoch."""
 
     __slots__ = (
-        "answered",
         "arm",
         "epoch",
         "observer",
-        "pending",
         "rollout",
         "splitter",
         "tallies",
@@ -215,8 +244,6 @@ class Trial:
         self.rollout = rollout
         self.epoch = epoch
         self.arm = arm
-        self.pending: list[float] = []
-        self.answered: list[int] = []
         self.observer: Observer | None = None
         self.tallies: dict[str, Tally] = {}
 
@@ -227,22 +254,38 @@ class Trial:
             tally = self.tallies[replica] = Tally()
         return tally
 
-    def batch_answered(self, replica: str, batch: Sequence[Call], answer: BatchAnswer) -> None:
-        """Count the pending answers, which came of this run."""
-        latencies, self.pending = self.pending, []
+    def batch_answered(
+        self,
+        replica: str,
+        batch: Sequence[Call],
+        positions: Sequence[int],
+        latencies: list[float],
+        answer: BatchAnswer,
+    ) -> None:
+        """Count the answers to a run's requests at `positions`, which took so many seconds."""
         tally = self.tally(replica)
-        cluster = batch[0].cluster
         tally.requests += len(latencies)
         tally.latency.extend(latencies)
-        if cluster is None:
-            tally.batches += 1
-        if cluster is None or cluster.count(self, tally):
+        if self._count_batch(tally, batch[positions[-1]]):
             tally.batch_latency.extend([max(latencies)])
         if self.arm == CANARY:
             self.splitter.breaker.succeeded()
         if self.observer is not None:
-            positions, self.answered = self.answered, []
             self.observer.note(self, replica, batch, positions, answer)
+
+    def _count_batch(self, tally: Tally, last: Call) -> bool:
+        """Count a run, of which `last` is the last request of this trial; whether it counts.
+
+        Requests leave in the order of arrival, so if a run has any of a draw that no other run has
+        counted, it ends with one.
+        """
+        draw, cluster = last.draw, last.cluster
+        if draw is not None and draw.batch is not None:
+            return False
+        batch = Counted(tally) if cluster is None else cluster.count(self, tally)
+        if draw is not None:
+            draw.batch = batch
+        return batch is not None
 
     def failed(self, call: Call, error: ServingError) -> bool:
         """A request of this arm failed: count it, and say whether stable answers it instead.
@@ -264,7 +307,7 @@ class Trial:
         if not self.splitter.first_failure(self.arm, call):
             return
         tally.failed += 1
-        first = (call.cluster or Cluster()).count_failure(self, tally)
+        first = (call.cluster or Cluster()).count_failure(self, tally, call.draw)
         # Requests that waited in vain are no batches, but reason enough to send no more.
         if self.arm == CANARY and (first or not call.sent):
             self.splitter.breaker.failed()

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import mannwhitneyu, norm
 
 from benchmarks.rollouts import __main__ as command
-from benchmarks.rollouts import bakes, comparison, false_rollbacks, simulate, traffic
+from benchmarks.rollouts import bakes, comparison, draws, false_rollbacks, simulate, traffic
 from benchmarks.rollouts.judge import Judge, fails, judges
 from benchmarks.rollouts.peers import ARGO, FLAGGER, Kayenta, ThresholdRule, mann_whitney_z
 from benchmarks.rollouts.traffic import Cell, Fault, Plan, default_ramp
@@ -194,6 +194,24 @@ def test_events_have_the_share_that_was_asked_for(together: bool):
     assert events / requests == pytest.approx(0.02, rel=0.02)
     assert events / failed == pytest.approx(8.0 if together else 0.16 / (1 - 0.98**8), rel=0.03)
     assert (drawn[:, 1] <= drawn[:, 0]).all()
+
+
+@pytest.mark.parametrize("scenario", draws.PARTS)
+def test_what_is_drawn_together_has_the_share_that_was_asked_for(scenario: traffic.Scenario):
+    rng = np.random.default_rng(3)
+    shares = np.array([0.05, 0.05, 0.9])[:, np.newaxis, np.newaxis] * np.ones((3, 200, 50))
+    drawn = draws.divided(rng, np.full(50, 40_000.0), shares)
+    assert drawn.sum(axis=(1, 2)) / drawn.sum() == pytest.approx([0.05, 0.05, 0.9], rel=0.01)
+    counts = draws.counts(rng, scenario, 2000.0, drawn, np.full(shares.shape, 0.02))
+    requests, events, batches, failed = np.moveaxis(counts.sum(axis=(0, 1)), -1, 0)
+    assert events / requests == pytest.approx([0.02] * 3, rel=0.05)
+    # A run of stable's has two draws.
+    assert requests / batches == pytest.approx([draws.MOST, draws.MOST, 2 * draws.MOST], rel=0.01)
+    # Blips are whole: as many events a failed run as it has requests, but for stable's last one.
+    whole = events / failed > 0.9 * requests / batches
+    assert whole.tolist() == [scenario == "blips"] * 3
+    assert (counts[..., 1] <= counts[..., 0]).all()
+    assert (counts[..., 3] <= np.minimum(counts[..., 2], counts[..., 1])).all()
 
 
 def test_seconds_add_up_to_their_block():

@@ -203,3 +203,50 @@ def detections(
             ]
             at[np.flatnonzero(open_)[np.max(found, axis=0) >= threshold]] = now
     return at
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Events of requests that are drawn together, `draw` at a time; stable runs two draws as one.
+
+    `share` of all requests have the event. A part `blips` of them have it for the moment they came
+    in, of `blip_s` seconds, in whichever arm; of the rest `shared` have it with all of their run.
+    """
+
+    share: float
+    blips: float = 1.0
+    blip_s: float = 0.05
+    shared: float = 0.0
+    draw: int = 16
+
+
+def drawn_together(
+    rng: np.random.Generator,
+    trials: int,
+    rate: float,
+    moments: Moments,
+    plan: tuple[tuple[float, int], ...] = PLAN,
+) -> Iterator[tuple[int, int, Array, Array]]:
+    """As `seconds`, of requests that are drawn in groups, where both arms are equally good."""
+    canary = np.zeros((trials, 1, len(plan), 4))
+    stable = np.zeros((trials, 1, len(plan), 4))
+    draw = moments.draw
+    # Each moment has at least a draw in it.
+    in_blip = max(1, round(rate * moments.blip_s / draw))
+    blips = moments.share * moments.blips * rate / (in_blip * draw)
+    alone = moments.share * (1 - moments.blips)
+    now = 0
+    for step, (weight, length) in enumerate(plan):
+        for _ in range(length):
+            now += 1
+            total = rng.poisson(rate / draw, trials)
+            bad = np.minimum(in_blip * rng.poisson(blips, trials), total)
+            for n, failing in ((total - bad, False), (bad, True)):
+                to_canary = rng.binomial(n, weight)
+                for arm, draws, size in (
+                    (canary, to_canary, draw),
+                    (stable, n - to_canary, 2 * draw),
+                ):
+                    p, shared = (1.0, 1.0) if failing else (alone, moments.shared)
+                    arm[:, 0, step] += batches(rng, draws * draw, p, shared, size)
+            yield now, step, canary, stable
