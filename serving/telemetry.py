@@ -178,6 +178,13 @@ ROLLOUT_ACCURACY: Final = Metric(
     "The share of labelled answers that were right, by arm.",
     (*_ROLLOUT, "arm"),
 )
+ROLLOUT_COST: Final = Metric(
+    "serving_rollout_usd_per_1000",
+    "gauge",
+    "Direct cost of 1,000 inferences by arm; absent where a price is not known. A small share of "
+    "traffic runs in small batches, and so costs more.",
+    (*_ROLLOUT, "arm"),
+)
 ROLLBACK_SECONDS: Final = Metric(
     "serving_rollback_seconds",
     "gauge",
@@ -352,6 +359,7 @@ METRICS: Final = (
     ROLLOUT_PAIRS,
     ROLLOUT_LABELS,
     ROLLOUT_ACCURACY,
+    ROLLOUT_COST,
     ROLLBACK_SECONDS,
     FEEDBACK_PENDING,
     GPU_INFO,

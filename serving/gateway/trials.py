@@ -96,6 +96,7 @@ class Tally:
     __slots__ = (
         "batch_latency",
         "batches",
+        "busy_ns",
         "failed",
         "failed_batches",
         "labels",
@@ -110,6 +111,7 @@ class Tally:
         self.latency, self.batch_latency = Latencies(), Latencies()
         self.predictions = Predictions()
         self.labels = self.wrong = 0
+        self.busy_ns = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Totals in plain JSON types."""
@@ -122,6 +124,7 @@ class Tally:
             "batch_latency": self.batch_latency.to_dict(),
             "predictions": self.predictions.to_dict(),
             "labels": {"n": self.labels, "k": self.wrong},
+            "busy_ns": self.busy_ns,
         }
 
 
@@ -234,6 +237,9 @@ class Trial:
         cluster = batch[0].cluster
         tally.requests += len(latencies)
         tally.latency.extend(latencies)
+        # By requests: a run of several trials is rare, and who is in which has nothing to do with
+        # how many rows it has.
+        tally.busy_ns += answer.busy_ns * len(latencies) // len(batch)
         if cluster is None:
             tally.batches += 1
         if cluster is None or cluster.count(self, tally):
