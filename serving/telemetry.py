@@ -179,9 +179,9 @@ ROLLOUT_ACCURACY: Final = Metric(
     (*_ROLLOUT, "arm"),
 )
 ROLLOUT_COST: Final = Metric(
-    "serving_rollout_usd_per_1000",
+    "serving_rollout_usd_per_inference",
     "gauge",
-    "Direct cost of 1,000 inferences by arm; absent where a price is not known. A small share of "
+    "Direct cost of an inference by arm; absent where a price is not known. A small share of "
     "traffic runs in small batches, and so costs more.",
     (*_ROLLOUT, "arm"),
 )
@@ -320,6 +320,12 @@ COST_ENERGY: Final = Metric(
     "Energy by share of a GPU's time; an estimate. Absent where it is not measured.",
     _ACCOUNT,
 )
+COST_EMISSIONS: Final = Metric(
+    "serving_cost_emissions_grams",
+    "counter",
+    "CO2 equivalent of that energy, by cost.grid_gco2e_per_kwh; an estimate.",
+    _ACCOUNT,
+)
 COST_PRICE: Final = Metric(
     "serving_replica_price_usd_per_hour",
     "gauge",
@@ -384,6 +390,7 @@ METRICS: Final = (
     COST_UNPRICED,
     COST_REQUESTS,
     COST_ENERGY,
+    COST_EMISSIONS,
     COST_PRICE,
     NV_UTILIZATION,
     NV_POWER,

@@ -95,7 +95,7 @@ def _add_counts(
         labels.add_metric([*key, arm, "wrong"], wrong)
         # Absent in what an earlier version of the controller kept.
         if (usd := counted.get("usd_per_1000")) is not None:
-            cost.add_metric([*key, arm], usd)
+            cost.add_metric([*key, arm], usd / 1000)
         if known:
             accuracy.add_metric([*key, arm], 1.0 - wrong / known)
     for outcome, n in trials.totals(rollout_id).items():

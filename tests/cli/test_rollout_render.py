@@ -150,6 +150,15 @@ def test_half_the_evidence_is_half_a_bar() -> None:
     assert words.scale() == "1     10    100   1000"
 
 
+def test_what_an_inference_costs_is_beside_its_arm() -> None:
+    story = Story().until("observing").pass_time(3)
+    raw = story.to_dict()
+    raw["arms"]["canary"]["usd_per_1000"] = 0.00312
+    rows = [line.split() for line in printed(explain_view(raw, [], story.now)).splitlines()]
+    costs = {row[0]: row[-1] for row in rows if row[:2] in (["canary", "2"], ["stable", "1"])}
+    assert costs == {"stable": "unpriced", "canary": "0.00312"}
+
+
 def test_without_traffic_nothing_is_made_up() -> None:
     story = Story(rate=0.0).until("observing").pass_time(3)
     text = printed(explain_view(story.to_dict(), [], story.now))
