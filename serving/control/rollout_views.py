@@ -42,7 +42,7 @@ def _arm(epochs: Sequence[Mapping[str, ArmCountsRow]], price: Price) -> dict[str
     cost = spent(used, {replica: price(replica) for replica in used})
     return {
         "usd_per_1000": cost.usd_per_1000,
-        "device_s_per_1000": cost.ns / cost.inferences / 1e6 if cost.inferences else None,
+        "device_s_per_1000": cost.s_per_1000,
         "requests": row.requests,
         "failed": row.failed,
         "batches": row.batches,

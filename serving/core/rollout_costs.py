@@ -44,9 +44,14 @@ class Spent:
 
     @property
     def usd_per_1000(self) -> float | None:
-        """None without inferences, and where a price is not known."""
-        priced = self.inferences and not self.unpriced
+        """None without inferences or time, and where a price is not known."""
+        priced = self.inferences and self.ns and not self.unpriced
         return self.nano_usd / self.inferences / 1e6 if priced else None
+
+    @property
+    def s_per_1000(self) -> float | None:
+        """Device time; None without inferences or time."""
+        return self.ns / self.inferences / 1e6 if self.inferences and self.ns else None
 
 
 def uses(counts: Iterable[Mapping[str, ArmCountsRow]]) -> Uses:

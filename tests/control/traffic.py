@@ -22,7 +22,7 @@ class Version:
     failing: float = 0.0
     disagreeing: float = 0.0
     latency_s: float = 0.005
-    busy_s: float = 0.0
+    busy_s: float = 0.001
     wrong: float = 0.0
 
 
