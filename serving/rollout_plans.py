@@ -265,6 +265,7 @@ def _checked(plan: RolloutSpec, source: str, ready_timeout_s: float | None) -> R
     if shares > 1 + 1e-9:
         raise ConfigError(
             f"{source}: analysis.triggers: the weights add up to {shares:g}; "
-            "they share one error budget, so at most 1"
+            "they share one error budget, so at most 1: "
+            + ", ".join(f"{t.name} {t.weight:g}" for t in plan.analysis.triggers if t.weight)
         )
     return plan

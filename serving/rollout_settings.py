@@ -233,8 +233,14 @@ class DisagreementSettings(BetSettings):
     q0: Share
 
 
-class CrashLoopSettings(TriggerSettings):
-    """crash_loop: so many restarts within the window."""
+class CostSettings(BetSettings):
+    """cost: tolerated is so much more per inference, as a share."""
+
+    tolerance: float = Field(ge=0, le=10)
+
+
+class WindowSettings(TriggerSettings):
+    """crash_loop, oom and gpu_health: so many within the window."""
 
     failures: int = Field(ge=1)
     window: Span
@@ -244,6 +250,12 @@ class BreakerSettings(TriggerSettings):
     """breaker: so many openings."""
 
     failures: int = Field(ge=1)
+
+
+class HeadroomSettings(TriggerSettings):
+    """gpu_memory_headroom: the least free share of memory."""
+
+    threshold: Share
 
 
 class SloBurnSettings(TriggerSettings):
@@ -279,7 +291,11 @@ TRIGGER_SETTINGS: Final[Mapping[spec.TriggerKind, type[TriggerSettings]]] = {
     "disagreement": DisagreementSettings,
     "drift": TwoArmsSettings,
     "labels": TwoArmsSettings,
-    "crash_loop": CrashLoopSettings,
+    "cost": CostSettings,
+    "crash_loop": WindowSettings,
+    "oom": WindowSettings,
+    "gpu_health": WindowSettings,
+    "gpu_memory_headroom": HeadroomSettings,
     "breaker": BreakerSettings,
     "slo_burn": SloBurnSettings,
     "promql": PromQlSettings,

@@ -190,6 +190,13 @@ ROLLOUT_ACCURACY: Final = Metric(
     "The share of labelled answers that were right, by arm.",
     (*_ROLLOUT, "arm"),
 )
+ROLLOUT_COST: Final = Metric(
+    "serving_rollout_usd_per_inference",
+    "gauge",
+    "Direct cost of an inference by arm; absent where a price is not known. A small share of "
+    "traffic runs in small batches, and so costs more.",
+    (*_ROLLOUT, "arm"),
+)
 ROLLBACK_SECONDS: Final = Metric(
     "serving_rollback_seconds",
     "gauge",
@@ -325,6 +332,12 @@ COST_ENERGY: Final = Metric(
     "Energy by share of a GPU's time; an estimate. Absent where it is not measured.",
     _ACCOUNT,
 )
+COST_EMISSIONS: Final = Metric(
+    "serving_cost_emissions_grams",
+    "counter",
+    "CO2 equivalent of that energy, by cost.grid_gco2e_per_kwh; an estimate.",
+    _ACCOUNT,
+)
 COST_PRICE: Final = Metric(
     "serving_replica_price_usd_per_hour",
     "gauge",
@@ -379,6 +392,7 @@ METRICS: Final = (
     ROLLOUT_PAIRS,
     ROLLOUT_LABELS,
     ROLLOUT_ACCURACY,
+    ROLLOUT_COST,
     ROLLBACK_SECONDS,
     FEEDBACK_PENDING,
     GPU_INFO,
@@ -403,6 +417,7 @@ METRICS: Final = (
     COST_UNPRICED,
     COST_REQUESTS,
     COST_ENERGY,
+    COST_EMISSIONS,
     COST_PRICE,
     TENANT_BUDGET,
     TENANT_SPENT,

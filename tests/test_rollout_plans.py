@@ -15,6 +15,7 @@ from serving.core.compare import METRICS
 from serving.core.rollout_spec import (
     KIND_DEFAULTS,
     METRIC_NAMES,
+    OPTIONAL_KINDS,
     PLAN_NAMES,
     TRIGGER_KINDS,
     Gate,
@@ -49,7 +50,7 @@ def test_the_commented_plan_has_every_setting() -> None:
     # By default that of the model: a copy of the file does not change it.
     assert set(raw) | {"name", "ready_timeout"} == allowed(parse_error({"x": 1}))
     assert set(raw["analysis"]) == allowed(parse_error({"analysis": {"x": 1}}))
-    assert set(raw["analysis"]["triggers"]) == set(TRIGGER_KINDS) - {"promql", "webhook"}
+    assert set(raw["analysis"]["triggers"]) == set(TRIGGER_KINDS) - OPTIONAL_KINDS
 
 
 @pytest.mark.parametrize("name", [*METRICS, "metrics.own:distance"])
@@ -103,6 +104,7 @@ def test_everything_that_can_be_written() -> None:
         analysis:
           triggers:
             drift: off
+            cost: off
             errors: {delta: 0.01}
             strict: {kind: errors, weight: 0.1, r0: 1}
             queue: {kind: promql, url: "http://p:9090", query: up, operator: "<", threshold: 1,
@@ -252,7 +254,26 @@ def test_everything_that_can_be_written() -> None:
         ),
         (
             "{analysis: {triggers: {latency: {weight: 0.9}}}}",
-            "analysis.triggers: the weights add up to 1.5; they share one error budget",
+            "analysis.triggers: the weights add up to 1.65; they share one error budget, so at "
+            "most 1: errors 0.3, latency 0.9, disagreement 0.2, drift 0.05, labels 0.05, cost 0.15",
+        ),
+        (
+            "{analysis: {triggers: {cost: {tolerance: -0.1}}}}",
+            "analysis.triggers.cost.tolerance: Input should be greater than or equal to 0",
+        ),
+        (
+            "{analysis: {triggers: {cost: {r0: 1.5}}}}",
+            "unknown key 'analysis.triggers.cost.r0'; allowed here: action, kind, tolerance, "
+            "weight",
+        ),
+        (
+            "{analysis: {triggers: {oom: {weight: 0.1}}}}",
+            "unknown key 'analysis.triggers.oom.weight'; allowed here: action, failures, kind, "
+            "window",
+        ),
+        (
+            "{analysis: {triggers: {gpu_memory_headroom: {threshold: 20}}}}",
+            "analysis.triggers.gpu_memory_headroom.threshold: Input should be less than 1",
         ),
     ],
 )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from serving.agent.energy import PowerIntegral
 from serving.core.gpus import Gpu, GpuSample
 from serving.errors import DeviceError
 
@@ -37,6 +38,7 @@ class Poller:
         self._source = source
         self._tell = tell
         self._period_s = period_s
+        self._energy = PowerIntegral()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gpu-poller", daemon=True)
 
@@ -60,6 +62,10 @@ class Poller:
             # A slow measurement delays the next, and none is made up for.
             due = max(due, time.monotonic()) + self._period_s
             try:
-                self._tell(tuple((gpu, self._source.sample(gpu)) for gpu in self._source.gpus()))
+                self._tell(tuple((gpu, self._sample(gpu)) for gpu in self._source.gpus()))
             except DeviceError as error:
                 _log.warning("%s", error)
+
+    def _sample(self, gpu: Gpu) -> GpuSample:
+        sample = self._source.sample(gpu)
+        return self._energy.added(gpu, sample, time.monotonic())

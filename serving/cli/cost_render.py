@@ -21,9 +21,15 @@ def cost_table(found: dict[str, Any], since: str) -> RenderableType:
         return Group(Text(idle), *shown)
     kinds = [kind.value for kind in Kind if kind.value in found["total"]["kinds"]]
     by = found["by"]
+    # Estimates, so not where nothing is measured.
+    energies = {
+        head: name
+        for head, name in (("Wh, about", "energy_wh_estimate"), ("gCO₂e", "gco2e_estimate"))
+        if found["total"][name] is not None
+    }
     table = grid(
         *by, "requests", "$/1000 direct", "$/1000 loaded", "idle", "$ total",
-        *(f"$ {kind}" for kind in kinds if "kind" not in by), "$ a month",
+        *(f"$ {kind}" for kind in kinds if "kind" not in by), "$ a month", *energies,
     )  # fmt: skip
     for group in [*found["groups"], *([found["total"]] if len(found["groups"]) > 1 else [])]:
         names = [group[name] or "–" for name in by] if by and by[0] in group else _total(by)
@@ -37,6 +43,7 @@ def cost_table(found: dict[str, Any], since: str) -> RenderableType:
             _spent(group),
             *(_spent(group["kinds"].get(kind)) for kind in kinds if "kind" not in by),
             dollars(group["usd_per_month"]),
+            *(_estimate(group[name]) for name in energies.values()),
         )
     return Group(table, *(Text(line) for line in _notes(found)), *shown)
 
@@ -56,6 +63,10 @@ def dollars(usd: float | None) -> str:
     if usd is None:
         return "–"
     return f"{usd:,.2f}" if abs(usd) >= 100 or usd == 0 else f"{usd:,.4g}"
+
+
+def _estimate(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.4g}"
 
 
 def _total(by: list[str]) -> list[str]:

@@ -221,7 +221,7 @@ def _plan_view(rollout: Plain) -> RenderableType:
 
 
 def _arms_table(rollout: Plain) -> RenderableType:
-    numbers = ("weight", "ready", "requests", "failed", "p50 ms", "p99 ms", "cost")
+    numbers = ("weight", "ready", "requests", "failed", "p50 ms", "p99 ms", "$/1000")
     table = _grid("arm", "version", numbers=numbers)
     for name in _ARMS:
         arm = rollout["arms"][name]
@@ -234,9 +234,16 @@ def _arms_table(rollout: Plain) -> RenderableType:
             _failed(arm),
             milliseconds(arm["p50_s"]),
             milliseconds(arm["p99_s"]),
-            "unpriced",
+            _cost(arm),
         )
     return table
+
+
+def _cost(arm: Plain) -> str:
+    """Direct cost; "unpriced" where something ran that has no price."""
+    if arm["usd_per_1000"] is None:
+        return "–" if arm["device_s_per_1000"] is None else "unpriced"
+    return f"{arm['usd_per_1000']:.3g}"
 
 
 def _failed(arm: Plain) -> str:

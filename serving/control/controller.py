@@ -22,6 +22,7 @@ from serving.control.feedback import Feedback
 from serving.control.fleet import Fleet
 from serving.control.gpu_demands import Needs
 from serving.control.gpus import Gpus
+from serving.control.incidents import IncidentWatch
 from serving.control.ledger import CostLedger
 from serving.control.observe import Observer
 from serving.control.operations import Operations
@@ -143,8 +144,10 @@ class Controller:
         self.reconciler.price = self.ledger.price
         self._providers = self._new_providers(lambda: self.board.revision)
         observer = Observer(
-            self.reconciler, self.fleet, self.totals, self.clock, self.config.control.tick_s
-        )
+            self.reconciler, self.fleet, self.totals,
+            IncidentWatch(self.fleet, self.gpus.standings),
+            self.clock, self.config.control.tick_s,
+        )  # fmt: skip
         self.rollouts = Rollouts(
             self.reconciler, observer,
             store=self._store, in_store=self._in_store, clock=self.clock, providers=self._providers,

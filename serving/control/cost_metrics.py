@@ -9,7 +9,7 @@ from prometheus_client.metrics_core import Metric as Family
 
 from serving import telemetry
 from serving.control.metric_families import family_of
-from serving.core.ledger import Account, Amount
+from serving.core.ledger import Account, Amount, kwh
 
 
 class CostMetrics:
@@ -19,10 +19,13 @@ class CostMetrics:
         self._shown: dict[tuple[str, Account], float] = {}
 
     def families(
-        self, totals: Mapping[Account, Amount], prices: Mapping[tuple[str, str, str], float | None]
+        self,
+        totals: Mapping[Account, Amount],
+        prices: Mapping[tuple[str, str, str], float | None],
+        grid_gco2e_per_kwh: float | None,
     ) -> Iterator[Family]:
         """Every family of costs. `prices` are those of replicas: (model, version, replica)."""
-        dollars, held, unpriced, requests, energy, price = (
+        dollars, held, unpriced, requests, energy, emissions, price = (
             family_of(metric)
             for metric in (
                 telemetry.COST,
@@ -30,6 +33,7 @@ class CostMetrics:
                 telemetry.COST_UNPRICED,
                 telemetry.COST_REQUESTS,
                 telemetry.COST_ENERGY,
+                telemetry.COST_EMISSIONS,
                 telemetry.COST_PRICE,
             )
         )
@@ -46,10 +50,13 @@ class CostMetrics:
                 self._add(requests, account, labels, amount.requests)
             if amount.energy_mj is not None:
                 self._add(energy, account, labels, amount.energy_mj / 1e3)
+                if grid_gco2e_per_kwh is not None:
+                    grams = kwh(amount.energy_mj) * grid_gco2e_per_kwh
+                    self._add(emissions, account, labels, grams)
         for key, usd_per_hour in sorted(prices.items()):
             if usd_per_hour is not None:
                 price.add_metric(key, usd_per_hour)
-        yield from (dollars, held, unpriced, requests, energy, price)
+        yield from (dollars, held, unpriced, requests, energy, emissions, price)
 
     def _add(self, family: Any, account: Account, labels: list[str], value: float) -> None:
         key = family.name, account

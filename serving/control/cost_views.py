@@ -13,14 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from serving.core.ledger import Amount, Kind
+from serving.core.ledger import Amount, Kind, kwh
 from serving.store.ledger import LedgerRow
 
 DIMENSIONS: Final = ("model", "version", "tenant", "gpu", "kind")
 MONTH_S: Final = 730 * 3600
 MIN_PROJECTED_S: Final = 60.0
 _FIELD: Final = {"gpu": "device"}
-_JOULES_PER_KWH: Final = 3.6e6
 
 
 @dataclass
@@ -96,7 +95,7 @@ def _shown(group: _Group, span: float | None, grid: float | None) -> dict[str, A
     direct = kinds.get(Kind.DIRECT, Amount())
     leased_ns = sum_.ns - kinds.get(Kind.UNALLOCATED, Amount()).ns
     idle_ns = kinds.get(Kind.IDLE, Amount()).ns
-    kwh = None if sum_.energy_mj is None else sum_.energy_mj / 1e3 / _JOULES_PER_KWH
+    used = None if sum_.energy_mj is None else kwh(sum_.energy_mj)
     served = direct.requests if direct.ns > direct.unpriced_ns else 0
     projects = span is not None and span >= MIN_PROJECTED_S
     return {
@@ -120,8 +119,8 @@ def _shown(group: _Group, span: float | None, grid: float | None) -> dict[str, A
         },
         "idle_share": max(0.0, idle_ns / leased_ns) if leased_ns > 0 else None,
         "usd_per_month": sum_.nano_usd / 1e9 / span * MONTH_S if projects and span else None,
-        "energy_wh_estimate": None if kwh is None else kwh * 1e3,
-        "gco2e_estimate": None if kwh is None or grid is None else kwh * grid,
+        "energy_wh_estimate": None if used is None else used * 1e3,
+        "gco2e_estimate": None if used is None or grid is None else used * grid,
     }
 
 

@@ -243,8 +243,9 @@ class CostLedger:
         await self.flush(at_once=True)
 
     def _look_at_devices(self) -> None:
-        now = self._now()
-        for standing in self._gpus():
+        now, standings = self._now(), self._gpus()
+        known = {s.gpu.uuid: s for s in standings}
+        for standing in standings:
             gpu, sample = standing.gpu, standing.sample
             if gpu.divided or sample is None or sample.lost or standing.age_s > STALE_S:
                 # Of a divided GPU its slices are leased, and charged.
@@ -257,8 +258,7 @@ class CostLedger:
                 if device.life.told_ns:
                     self._settle()
                 device.rate = rate
-            energy = None if sample.energy_j is None else int(sample.energy_j * 1000)
-            device.seen(now + self._gpu_clock, energy, now)
+            device.seen(now + self._gpu_clock, _energy_mj(standing, known), now)
 
     def _close_silent(self) -> None:
         now, monotonic = self._now(), self._clock.monotonic()
@@ -342,6 +342,19 @@ class CostLedger:
 
     def _now(self) -> int:
         return int(self._clock.monotonic() * 1e9)
+
+
+def _energy_mj(standing: Standing, known: Mapping[str, Standing]) -> int | None:
+    """A count of a GPU's energy; of a slice its GPU's, by its share of the memory."""
+    gpu, sample = standing.gpu, standing.sample
+    whole = known.get(gpu.mig_parent or "")
+    if whole is None:
+        return None if sample is None or sample.used_j is None else int(sample.used_j * 1000)
+    if whole.sample is None or whole.sample.used_j is None:
+        return None
+    if not gpu.memory_bytes or not whole.gpu.memory_bytes:
+        return None
+    return int(whole.sample.used_j * 1000 * gpu.memory_bytes / whole.gpu.memory_bytes)
 
 
 def account_of(row: LedgerRow) -> Account:

@@ -52,7 +52,9 @@ class _Collector(Collector):
         yield from gpu_families(self._controller.gpus)
         yield from budget_families(self._controller.budget_rows())
         yield from self._controller.cost_metrics.families(
-            self._controller.ledger.totals, self._controller.ledger.prices
+            self._controller.ledger.totals,
+            self._controller.ledger.prices,
+            self._controller.config.cost.grid_gco2e_per_kwh,
         )
         yield from self._deployment()
 

@@ -10,25 +10,36 @@ from dataclasses import replace
 from typing import Final
 
 from serving.control.fleet import Fleet
+from serving.control.incidents import IncidentWatch
 from serving.control.reconcile import Clock, Reconciler
 from serving.control.records import Record
 from serving.control.state import Providers
 from serving.control.totals import Totals
 from serving.core.plan import AppSpec, ServedVersion
-from serving.core.rollout_counts import Sample
+from serving.core.rollout_costs import after_look, at_equal_size, mark
+from serving.core.rollout_counts import ArmName, Sample
+from serving.core.rollout_facts import Incident
 from serving.core.rollout_progress import due_hooks
 from serving.core.rollout_types import ProviderState, Rollout, Snapshot
 
 _LONGEST_LOOK_S: Final = 300.0
 """Some triggers look back this far whatever their plan says."""
+_INCIDENTS_KEPT: Final = 200
 
 
 class Observer:
     """Makes snapshots, and remembers what it takes to see a change."""
 
     def __init__(
-        self, reconciler: Reconciler, fleet: Fleet, totals: Totals, clock: Clock, tick_s: float
+        self,
+        reconciler: Reconciler,
+        fleet: Fleet,
+        totals: Totals,
+        watch: IncidentWatch,
+        clock: Clock,
+        tick_s: float,
     ) -> None:
+        self._watch = watch
         self._reconciler = reconciler
         self._fleet = fleet
         self._totals = totals
@@ -46,11 +57,16 @@ class Observer:
         Without `gateways_known`, which revision gateways run is unknown and taken as none.
         """
         rollout, now = record.rollout, self._clock.unix()
+        record = replace(record, incidents=self._incidents(record, now))
         seen = replace(
             self.sight(record, gateways_known=gateways_known),
             restarts=self._restarts(rollout, now),
         )
+        equal = at_equal_size(rollout, seen.canary_ready, seen.stable_ready)
+        used = mark(rollout, seen.counts, now) if equal else None
+        seen = replace(seen, costs=after_look(record.costs, used, seen.prices))
         recorded = record.with_sample(Sample.of(now, seen.counts), _span_s(rollout))
+        recorded = replace(recorded, costs=seen.costs)
         answers = dict(providers.poll(rollout, now, due_hooks(rollout, seen)))
         self._answers[rollout.id] = answers
         return replace(seen, providers=answers), recorded
@@ -62,6 +78,8 @@ class Observer:
         counts = trials.counts(rollout.id)
         running = self.gateways()
         revision = self._reconciler.board.revision
+        canary = self._routed(rollout, rollout.canary)
+        app = canary.app.name if canary is not None else ""
         return Snapshot(
             now=now,
             canary_ready=self.ready(rollout, rollout.canary),
@@ -74,6 +92,15 @@ class Observer:
             providers=self._answers.get(rollout.id, {}),
             breakers=trials.breakers(rollout.id, running.keys()),
             history=_up_to_now(record.history, Sample.of(now, counts)),
+            prices={
+                replica: self._reconciler.price(replica)
+                for epoch in counts.values()
+                for replica in (*epoch.canary, *epoch.stable)
+            },
+            costs=record.costs,
+            gpus=self._watch.gpus(app),
+            incidents=record.incidents,
+            ceilings=self._watch.ceilings(app),
         )
 
     def gateways(self) -> dict[str, int]:
@@ -85,6 +112,8 @@ class Observer:
     def forget(self, rollout: Rollout) -> None:
         """The rollout is over."""
         self._answers.pop(rollout.id, None)
+        models = self._reconciler.state.routed.models.values()
+        self._watch.keep(s.app.name for m in models for s in m.versions.values())
 
     def ready(self, rollout: Rollout, version: str) -> int:
         """Ready replicas of a version that is routed."""
@@ -107,6 +136,18 @@ class Observer:
         model = state.desired.models.get(rollout.model)
         served = model.versions.get(rollout.canary) if model else None
         return state.given_up.get(served.app.name, "") if served else ""
+
+    def _incidents(self, record: Record, now: float) -> tuple[Incident, ...]:
+        """Those of before, and the new ones of both arms."""
+        rollout, found = record.rollout, list(record.incidents)
+        versions: tuple[tuple[ArmName, str], ...] = (
+            ("canary", rollout.canary),
+            ("stable", rollout.stable),
+        )
+        for arm, version in versions:
+            if (served := self._routed(rollout, version)) is not None:
+                found += self._watch.look(served.app.name, arm, now)
+        return tuple(found[-_INCIDENTS_KEPT:])
 
     def _restarts(self, rollout: Rollout, now: float) -> tuple[float, ...]:
         served = self._routed(rollout, rollout.canary)

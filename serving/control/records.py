@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from serving.core.plan import Layout, ServedModel
+from serving.core.rollout_costs import windows_from_dict, windows_to_dict
 from serving.core.rollout_counts import Sample, Tally
+from serving.core.rollout_facts import CostWindows, Incident
 from serving.core.rollout_states import State
 from serving.core.rollout_types import Rollout
 from serving.store.sql import RolloutRow
@@ -26,7 +28,8 @@ class Record:
     for readers. `released`: an apply has taken the model's layout over, this rollout only ends.
     `retry`: an apply ended it, so that it says nothing against its version. `rollback_ms` is how
     long it took from the verdict that took it back until the last gateway had confirmed; None where
-    it was not, or nobody saw it.
+    it was not, or nobody saw it. `costs` and `incidents` are what triggers remember of earlier
+    ticks.
     """
 
     rollout: Rollout
@@ -36,6 +39,13 @@ class Record:
     released: bool = False
     retry: bool = False
     rollback_ms: float | None = None
+    costs: CostWindows = field(default_factory=CostWindows)
+    incidents: tuple[Incident, ...] = ()
+
+    @property
+    def remembered(self) -> tuple[object, ...]:
+        """What ticks have seen, and later ones look back on."""
+        return self.history, self.costs, self.incidents
 
     @property
     def live(self) -> bool:
@@ -54,7 +64,9 @@ class Record:
     def durable(self) -> Record:
         """Without what each tick computes anew."""
         rollout = replace(self.rollout, verdicts=())
-        return replace(self, rollout=rollout, history=(), arms={})
+        return replace(
+            self, rollout=rollout, history=(), arms={}, costs=CostWindows(), incidents=()
+        )
 
     def with_sample(self, sample: Sample, span_s: float) -> Record:
         """With `sample` at the end of its history, which reaches back `span_s` seconds."""
@@ -75,6 +87,8 @@ class Record:
             "released": self.released,
             "retry": self.retry,
             "rollback_ms": self.rollback_ms,
+            "costs": windows_to_dict(self.costs),
+            "incidents": [incident.to_dict() for incident in self.incidents],
         }
         finished_at = None if rollout.active else rollout.finished_at
         state = rollout.state.value
@@ -93,8 +107,10 @@ class Record:
             body["arms"],
             body["released"],
             body["retry"],
-            # Rows of earlier versions have none.
+            # Rows of earlier versions have none of these.
             body.get("rollback_ms"),
+            windows_from_dict(body["costs"]) if "costs" in body else CostWindows(),
+            tuple(Incident.from_dict(raw) for raw in body.get("incidents", ())),
         )
 
 

@@ -27,6 +27,7 @@ _METRICS: Final = (
     telemetry.ROLLOUT_PAIRS,
     telemetry.ROLLOUT_LABELS,
     telemetry.ROLLOUT_ACCURACY,
+    telemetry.ROLLOUT_COST,
     telemetry.ROLLBACK_SECONDS,
 )
 
@@ -72,18 +73,19 @@ def _add_verdicts(families: dict[str, Any], key: tuple[str, str], rollout: Rollo
 def _add_counts(
     families: dict[str, Any], key: tuple[str, str], controller: Controller, record: Record
 ) -> None:
-    requests, pairs, labels, accuracy = (
+    requests, pairs, labels, accuracy, cost = (
         families[m.name]
         for m in (
             telemetry.ROLLOUT_REQUESTS,
             telemetry.ROLLOUT_PAIRS,
             telemetry.ROLLOUT_LABELS,
             telemetry.ROLLOUT_ACCURACY,
+            telemetry.ROLLOUT_COST,
         )
     )
     trials, rollout_id = controller.totals.trials, record.rollout.id
     counts = trials.counts(rollout_id)
-    summary = arms_summary(counts) or record.arms
+    summary = arms_summary(counts, controller.ledger.price) or record.arms
     for arm in ARMS if summary else ():
         counted = summary[arm]
         failed, known, wrong = counted["failed"], counted["labels"], counted["wrong"]
@@ -91,6 +93,9 @@ def _add_counts(
         requests.add_metric([*key, arm, "failed"], failed)
         labels.add_metric([*key, arm, "right"], known - wrong)
         labels.add_metric([*key, arm, "wrong"], wrong)
+        # Absent in what an earlier version of the controller kept.
+        if (usd := counted.get("usd_per_1000")) is not None:
+            cost.add_metric([*key, arm], usd / 1000)
         if known:
             accuracy.add_metric([*key, arm], 1.0 - wrong / known)
     for outcome, n in trials.totals(rollout_id).items():

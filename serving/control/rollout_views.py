@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ from serving.control.observe import Observer
 from serving.control.records import Record
 from serving.control.totals import ArmTotals
 from serving.core.detect import Detection, Traffic, detections
+from serving.core.rollout_costs import spent, uses
 from serving.core.rollout_counts import (
     ARMS,
     LATENCY_BOUNDS,
@@ -22,19 +23,26 @@ from serving.core.rollout_spec import RolloutSpec
 from serving.core.rollout_types import Rollout, Snapshot
 from serving.core.urls import place
 
+Price = Callable[[str], float | None]
+"""USD an hour of a replica; None where it is not known."""
 _QUANTILES: Final = (("p50_s", 0.5), ("p99_s", 0.99))
 
 
-def arms_summary(counts: Mapping[int, EpochCounts]) -> dict[str, dict[str, Any]]:
+def arms_summary(counts: Mapping[int, EpochCounts], price: Price) -> dict[str, dict[str, Any]]:
     """What each arm counted over all epochs; empty where nothing was counted yet."""
     if not counts:
         return {}
-    return {arm: _arm(sum((c.arm(arm) for c in counts.values()), ArmCountsRow())) for arm in ARMS}
+    return {arm: _arm([c.replicas(arm) for c in counts.values()], price) for arm in ARMS}
 
 
-def _arm(row: ArmCountsRow) -> dict[str, Any]:
+def _arm(epochs: Sequence[Mapping[str, ArmCountsRow]], price: Price) -> dict[str, Any]:
+    row = sum((row for rows in epochs for row in rows.values()), ArmCountsRow())
     known, wrong = row.labels
+    used = uses(epochs)
+    cost = spent(used, {replica: price(replica) for replica in used})
     return {
+        "usd_per_1000": cost.usd_per_1000,
+        "device_s_per_1000": cost.s_per_1000,
         "requests": row.requests,
         "failed": row.failed,
         "batches": row.batches,
@@ -78,13 +86,14 @@ def readable(spec: RolloutSpec) -> dict[str, Any]:
 def shown(record: Record, snapshot: Snapshot, observer: Observer) -> dict[str, Any]:
     """One rollout with what its arms counted, and what happens next."""
     rollout = record.rollout
-    counted = arms_summary(snapshot.counts) or dict(record.arms)
-    empty = _arm(ArmCountsRow())
+    counted = arms_summary(snapshot.counts, snapshot.prices.get) or dict(record.arms)
+    empty = _arm((), snapshot.prices.get)
     return {
         **listed(record),
         "arms": {
             arm: {
-                **counted.get(arm, empty),
+                **empty,
+                **counted.get(arm, {}),
                 "version": version,
                 "weight": weight,
                 "ready": observer.ready(rollout, version),

@@ -283,7 +283,10 @@ class Rollouts:
         now, decided_at = self._clock.unix(), self._clock.monotonic()
         changed = [r for r in after if _differs(before.get(r.rollout.id), r)]
         counts = self._reconciler.totals.trials.counts
-        changed = [replace(r, arms=arms_summary(counts(r.rollout.id)) or r.arms) for r in changed]
+        price = self._reconciler.price
+        changed = [
+            replace(r, arms=arms_summary(counts(r.rollout.id), price) or r.arms) for r in changed
+        ]
         taken_back = [r.rollout.id for r in changed if r.taking_back and not _was(before, r)]
         for rollout_id in taken_back:
             self.reach.decided(rollout_id, decided_at)
@@ -371,7 +374,7 @@ def _was(before: Mapping[str, Record], record: Record) -> bool:
 def _differs(before: Record | None, after: Record) -> bool:
     if before is None:
         return True
-    return before.durable() != after.durable() or before.history != after.history
+    return before.durable() != after.durable() or before.remembered != after.remembered
 
 
 def _applied(record: Record, intent: Intent, actor: str, now: float) -> Record:

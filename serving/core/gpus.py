@@ -103,6 +103,7 @@ class GpuSample:
 
     Memory in bytes: `memory_used` by processes, `memory_reserved` by driver and firmware.
     `utilization` from 0 to 1. `energy_j` and `ecc_uncorrected` count since the driver was loaded.
+    `power_energy_j` is power times time since the agent started, where there is no `energy_j`.
     `throttle` names why the clocks are held back; () is not at all. `lost`: the GPU does not
     answer, so that everything is None.
     """
@@ -114,6 +115,7 @@ class GpuSample:
     power_w: float | None = None
     power_limit_w: float | None = None
     energy_j: float | None = None
+    power_energy_j: float | None = None
     temperature_c: float | None = None
     throttle: tuple[str, ...] | None = None
     ecc_uncorrected: float | None = None
@@ -122,6 +124,11 @@ class GpuSample:
     remap_failure: bool | None = None
     processes: tuple[GpuProcess, ...] | None = None
     lost: bool = False
+
+    @property
+    def used_j(self) -> float | None:
+        """A count of its energy: the GPU's own, or the agent's."""
+        return self.power_energy_j if self.energy_j is None else self.energy_j
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

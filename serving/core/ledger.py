@@ -45,6 +45,7 @@ NS_PER_HOUR: Final = 3_600 * 10**9
 GRACE_NS: Final = 30 * 10**9
 SILENCE_NS: Final = 8 * 10**9
 """Four missed announcements: so long a life is carried on that nobody has heard of."""
+_MJ_PER_KWH: Final = 3.6e9
 _MAX_LATE_NS: Final = 10**9
 # Clocks are taken to differ by one part in so many at most.
 _MAX_DRIFT: Final = 1000
@@ -111,6 +112,11 @@ class Amount:
 
     def __bool__(self) -> bool:
         return any(astuple(self))
+
+
+def kwh(energy_mj: int) -> float:
+    """Millijoules in kWh."""
+    return energy_mj / _MJ_PER_KWH
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,6 +180,8 @@ def _moved(rollout: Rollout, event: Event, now: float, reason: str, actor: str) 
         return replace(moved, resume_to=rollout.state, elapsed_s=now - rollout.entered_at)
     if rollout.state is State.PAUSED and target is rollout.resume_to:
         return _resumed(rollout, moved, now)
+    if rollout.state is State.PAUSED and event is Event.PROMOTE:
+        moved = replace(moved, acknowledged=_known(rollout))
     if target is State.SUCCEEDED:
         moved = replace(moved, warm_until=now + rollout.spec.keep_previous_s)
     if target not in WATCHED:
@@ -198,17 +200,22 @@ def _resumed(paused: Rollout, moved: Rollout, now: float) -> Rollout:
     """Go on where it stopped: the pause is no part of a hold, and its causes are known now."""
     # A gate's time starts anew: the gate may have been what paused the rollout.
     at_gate = moved.state is State.AWAITING_GATE
+    return replace(
+        moved,
+        entered_at=now if at_gate else now - paused.elapsed_s,
+        step_entered_at=paused.step_entered_at + (now - paused.entered_at),
+        acknowledged=_known(paused),
+    )
+
+
+def _known(paused: Rollout) -> tuple[tuple[str, str], ...]:
+    """What a person who ends a pause goes on in spite of."""
     known = {
         (v.trigger, v.verdict.value)
         for v in paused.verdicts
         if v.verdict is Outcome.UNKNOWN or (v.verdict is Outcome.FAIL and v.action == "pause")
     }
-    return replace(
-        moved,
-        entered_at=now if at_gate else now - paused.elapsed_s,
-        step_entered_at=paused.step_entered_at + (now - paused.entered_at),
-        acknowledged=tuple(sorted({*paused.acknowledged, *known})),
-    )
+    return tuple(sorted({*paused.acknowledged, *known}))
 
 
 def _approved(rollout: Rollout, actor: str, reason: str, now: float) -> Rollout:

@@ -80,6 +80,7 @@ class ArmCountsRow:
     batches in which at least one request failed: a batch is a run, or what was drawn together where
     that is more. `latency` has one entry an answered request,
     `batch_latency` the slowest request of each batch. `labels` are late labels: (known, wrong).
+    `busy_ns` is the device time of the runs behind the answers, padding left out.
     `shielded`, `overridden` and `diverted` are not part of `requests`' evidence: they only inform.
     """
 
@@ -91,6 +92,7 @@ class ArmCountsRow:
     batch_latency: Histogram = Histogram()
     predictions: Mapping[str, int] = field(default_factory=dict)
     labels: tuple[int, int] = (0, 0)
+    busy_ns: int = 0
     shielded: int = 0
     overridden: int = 0
     diverted: int = 0
@@ -125,6 +127,7 @@ class ArmCountsRow:
             batch_latency=self.batch_latency + other.batch_latency,
             predictions=_sum(self.predictions, other.predictions),
             labels=(self.labels[0] + other.labels[0], self.labels[1] + other.labels[1]),
+            busy_ns=self.busy_ns + other.busy_ns,
             shielded=self.shielded + other.shielded,
             overridden=self.overridden + other.overridden,
             diverted=self.diverted + other.diverted,
@@ -183,9 +186,13 @@ class EpochCounts:
     disagreements: int = 0
     dropped: int = 0
 
+    def replicas(self, name: ArmName) -> Mapping[str, ArmCountsRow]:
+        """The replicas of an arm."""
+        return self.canary if name == "canary" else self.stable
+
     def arm(self, name: ArmName) -> ArmCountsRow:
         """All replicas of an arm together."""
-        return sum((self.canary if name == "canary" else self.stable).values(), ArmCountsRow())
+        return sum(self.replicas(name).values(), ArmCountsRow())
 
     def __add__(self, other: EpochCounts) -> EpochCounts:
         return EpochCounts(

@@ -17,7 +17,11 @@ TriggerKind = Literal[
     "disagreement",
     "drift",
     "labels",
+    "cost",
     "crash_loop",
+    "oom",
+    "gpu_health",
+    "gpu_memory_headroom",
     "breaker",
     "slo_burn",
     "promql",
@@ -38,6 +42,8 @@ FLOOR_S: Final = 0.0005
 """What a latency trigger takes for noise of the machine, where its plan does not say."""
 PROVIDER_KINDS: Final = frozenset({"promql", "webhook"})
 """Triggers that ask somebody else, who may not answer."""
+OPTIONAL_KINDS: Final = PROVIDER_KINDS | {"gpu_memory_headroom"}
+"""Triggers that no plan has unless it says so."""
 PLAN_NAMES: Final = ("canary", "blue-green", "shadow-only", "fast")
 
 
@@ -143,7 +149,12 @@ class Trigger:
     - latency: an answer is slow only if it takes `floor_s` longer than stable's usual ones. A
       process that gets two requests a second answers later than one that is always awake;
     - disagreement: tolerated is a share `q0` of pairs;
+    - cost: tolerated is a share `tolerance` more per inference; judged at equal size only;
     - crash_loop: `failures` restarts within `window_s`;
+    - oom: `failures` runs that did not fit into memory within `window_s`;
+    - gpu_health: an XID error of the program, or errors on `failures` GPUs; for `window_s` it holds
+      after a fault of a GPU itself;
+    - gpu_memory_headroom: less than a share `threshold` of a GPU's or a lease's memory free;
     - breaker: `failures` openings of a gateway's local breaker;
     - slo_burn: errors at `threshold` times the rate that `objective` allows, over `window_s` and
       over a fifth of it, with at least `failures` failed requests;
@@ -163,6 +174,7 @@ class Trigger:
     delta: float = 0.0
     q0: float = 0.02
     floor_s: float = FLOOR_S
+    tolerance: float = 0.05
     query: str = ""
     url: str = ""
     operator: Literal[">", ">=", "<", "<="] = ">"
@@ -187,7 +199,11 @@ KIND_DEFAULTS: Final[Mapping[TriggerKind, Mapping[str, Any]]] = {
     "disagreement": {"weight": 0.20, "action": "rollback", "q0": 0.02},
     "drift": {"weight": 0.05, "action": "pause", "r0": 1.25, "delta": 0.02},
     "labels": {"weight": 0.05, "action": "rollback", "r0": 1.0, "delta": 0.01},
+    "cost": {"weight": 0.15, "action": "pause", "tolerance": 0.05},
     "crash_loop": {"action": "rollback", "failures": 2, "window_s": 300.0},
+    "oom": {"action": "rollback", "failures": 2, "window_s": 60.0},
+    "gpu_health": {"action": "rollback", "failures": 2, "window_s": 300.0},
+    "gpu_memory_headroom": {"action": "pause", "threshold": 0.05},
     "breaker": {"action": "rollback", "failures": 1},
     "slo_burn": {"action": "rollback", "threshold": 14.4, "window_s": 300.0, "failures": 10},
     "promql": {"action": "pause", "failures": 3},
@@ -201,9 +217,9 @@ def default_trigger(kind: TriggerKind) -> Trigger:
     return Trigger(name=kind, kind=kind, **KIND_DEFAULTS[kind])
 
 
-# A promql or webhook trigger needs a query or a URL, so no plan has one unless it says so.
+# A promql or webhook trigger needs a query or a URL, and how full a GPU may be differs.
 DEFAULT_TRIGGERS: Final = tuple(
-    default_trigger(kind) for kind in TRIGGER_KINDS if kind not in PROVIDER_KINDS
+    default_trigger(kind) for kind in TRIGGER_KINDS if kind not in OPTIONAL_KINDS
 )
 
 

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any, Final, Literal
 
 from serving.core.rollout_counts import Breakers, EpochCounts, Sample
+from serving.core.rollout_facts import CanaryGpu, CostWindows, Incident
 from serving.core.rollout_spec import RolloutSpec, Step, TriggerAction
 from serving.core.rollout_states import TERMINAL, State
 
@@ -292,6 +293,9 @@ class Snapshot:
     live gateway runs (`revision` where none lives). `restarts` are times at which a canary replica
     came back after it had died; `breakers` are the gateways' local ones; `history` has what both
     arms had failed at earlier ticks and at this one, oldest first, as far back as triggers look.
+    `prices` are USD an hour by replica, where known, `costs` the windows in which costs compare.
+    `gpus` are those of the canary's replicas, `incidents` what happened to both arms on theirs, and
+    `ceilings` the most rows that runs of the canary's replicas have, where they learned it.
     """
 
     now: float
@@ -306,6 +310,11 @@ class Snapshot:
     restarts: tuple[float, ...] = ()
     breakers: Breakers = field(default_factory=Breakers)
     history: tuple[Sample, ...] = ()
+    prices: Mapping[str, float | None] = field(default_factory=dict)
+    costs: CostWindows = field(default_factory=CostWindows)
+    gpus: tuple[CanaryGpu, ...] = ()
+    incidents: tuple[Incident, ...] = ()
+    ceilings: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from serving.core.cost_trigger import cost
 from serving.core.evidence import (
     log_average,
     log_e_bounded,
     log_e_bounded_pass,
 )
+from serving.core.gpu_triggers import gpu_health, gpu_memory_headroom, oom
 from serving.core.hard_triggers import breaker, crash_loop, provider, slo_burn
 from serving.core.one_arm import BASELINE, Event, Tolerance, Watch, parts, spent
 from serving.core.rollout_baseline import MIN_ANSWERS, stable_so_far
@@ -182,7 +184,11 @@ KINDS: Final[Mapping[TriggerKind, Judge]] = {
     "disagreement": _disagreement,
     "drift": _drift,
     "labels": _labels,
+    "cost": cost,
     "crash_loop": crash_loop,
+    "oom": oom,
+    "gpu_health": gpu_health,
+    "gpu_memory_headroom": gpu_memory_headroom,
     "breaker": breaker,
     "slo_burn": slo_burn,
     "promql": provider,

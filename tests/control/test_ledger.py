@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,34 @@ def _minutes(store: Store) -> Sequence[LedgerRow]:
             found.append(LedgerRow(minute, "", "", "", "", "", later - rest, 0, 0, 0))
         later = rest
     return found
+
+
+def test_the_energy_of_a_slice_is_its_share_of_its_gpus(world: World) -> None:
+    whole = Gpu("GPU-1", "n", 0, "NVIDIA A100-SXM4-40GB", 40 << 30, divided=True)
+    parts = [
+        Gpu(f"MIG-{n}", "n", n, "NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5 << 30, mig_parent="GPU-1")
+        for n in (1, 2)
+    ]
+    ledger = world.ledger()
+    for second in range(5):
+        world.now = float(second)
+        # It has no counter, so its agent adds up its power.
+        sample = GpuSample(at=0.0, power_w=400.0, power_energy_j=400.0 * second)
+        samples = [(whole, sample), *((part, GpuSample(at=0.0)) for part in parts)]
+        world.gpus = [Standing(g, "h", 0.0, s, Condition(), None, (), ()) for g, s in samples]
+        world.announce(ledger, second, gpu="MIG-1", device="cuda:0", lease_bytes=5 << 30)
+        flush(ledger)
+    used: Counter[str] = Counter()
+    for row in world.store.ledger():
+        used[row.device] += row.energy_mj or 0
+    assert used == {"MIG-1": 200_000, "MIG-2": 200_000}
+
+
+def test_an_agent_that_starts_anew_takes_no_energy_back(world: World) -> None:
+    gpu, ledger = Gpu("GPU-1", "n", 0, "NVIDIA L4", 24 << 30), world.ledger()
+    for second, joules in enumerate((0.0, 50.0, 100.0, 0.0, 50.0)):
+        world.now = float(second)
+        sample = GpuSample(at=0.0, power_energy_j=joules)
+        world.gpus = [Standing(gpu, "h", 0.0, sample, Condition(), None, (), ())]
+        flush(ledger)
+    assert sum(row.energy_mj or 0 for row in world.store.ledger()) == 150_000

@@ -22,6 +22,7 @@ class Version:
     failing: float = 0.0
     disagreeing: float = 0.0
     latency_s: float = 0.005
+    busy_s: float = 0.001
     wrong: float = 0.0
 
 
@@ -88,7 +89,7 @@ class Gateway:
                 "epoch": epoch,
                 "arm": arm,
                 "replica": replica,
-                **dict.fromkeys(("requests", "failed", "batches", "failed_batches"), 0),
+                **dict.fromkeys(("requests", "failed", "batches", "failed_batches", "busy_ns"), 0),
                 "latency": Counter(),
                 "batch_latency": Counter(),
                 "labels": {"n": 0, "k": 0},
@@ -104,6 +105,7 @@ class Gateway:
             seconds = behaviour.latency_s * self.rng.lognormvariate(0.0, 0.2)
             bucket = str(bisect_left(LATENCY_BOUNDS, seconds))
             row["latency"][bucket] += 1
+            row["busy_ns"] += int(1e9 * behaviour.busy_s * self.rng.lognormvariate(0.0, 0.2))
             row["batch_latency"][bucket] += 1
             row["labels"]["n"] += 1
             row["labels"]["k"] += self.rng.random() < behaviour.wrong

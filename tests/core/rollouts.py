@@ -9,6 +9,7 @@ from typing import Any
 
 from serving.core.rollout import Rollout, Snapshot, State, command, decide, new_rollout
 from serving.core.rollout_counts import ArmCountsRow, EpochCounts, Histogram
+from serving.core.rollout_facts import CanaryGpu
 from serving.core.rollout_outlook import next_sentence
 from serving.core.rollout_spec import (
     Analysis,
@@ -78,6 +79,7 @@ class World:
     lagging: bool = False
     providers: dict[str, ProviderState] = field(default_factory=dict)
     restarts: tuple[float, ...] = ()
+    gpus: tuple[CanaryGpu, ...] = ()
     counts: dict[int, EpochCounts] = field(default_factory=dict)
 
     def snapshot(self) -> Snapshot:
@@ -93,6 +95,7 @@ class World:
             counts=dict(self.counts),
             providers=self.providers,
             restarts=self.restarts,
+            gpus=self.gpus,
         )
 
     def traffic(self, seconds: float) -> None:

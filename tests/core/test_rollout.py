@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from serving.core.rollout import Rollout, State, decide
+from serving.core.rollout_facts import CanaryGpu
 from serving.core.rollout_progress import due_hooks
 from serving.core.rollout_spec import (
     Bake,
@@ -17,6 +18,7 @@ from serving.core.rollout_spec import (
     Step,
     Webhook,
     default_plan,
+    default_trigger,
 )
 from serving.core.rollout_states import PAUSABLE
 from serving.core.rollout_types import ProviderState
@@ -689,3 +691,19 @@ def test_a_controller_that_comes_back_at_any_tick_goes_on_the_same() -> None:
         states.add(before.state)
     assert states == {*PAUSABLE, State.PROMOTING}
     assert w.rollout.state is State.SUCCEEDED
+
+
+def test_who_promotes_past_a_pause_is_not_paused_by_it_again() -> None:
+    headroom = default_trigger("gpu_memory_headroom")
+    w = world(plan(analysis=analysis(headroom))).to(State.OBSERVING)
+    w.gpus = (CanaryGpu("a", "GPU-1", free=0.01, of="its lease"),)
+    assert w.tick().state is State.PAUSED
+    assert w.say("promote").state is State.PROMOTING
+    w.until(State.BAKING)
+    w.tick(5)
+    assert w.rollout.state is State.BAKING
+    # After it has been well in between, it is another failure.
+    w.gpus = ()
+    w.tick()
+    w.gpus = (CanaryGpu("a", "GPU-1", free=0.01, of="its lease"),)
+    assert w.tick().state is State.PAUSED

@@ -52,6 +52,17 @@ def test_gpus_are_found_measured_and_cordoned(on_gpus: Deployment, fake_nvml: Fa
     assert [gpu["memory"]["free"] for gpu in found["gpus"]] == [79.5 * GIB] * 2
     assert [(n["driver"], n["problem"]) for n in found["nodes"]] == [("580.65.06", "")]
 
+    # The first one counts its energy; what the second draws is added up.
+    fake_nvml.unset("1.energy")
+
+    def energy() -> dict[str, float]:
+        found = on_gpus.get(on_gpus.control_port, "/v1/cost?by=gpu")["groups"]
+        return {g["gpu"]: g["energy_wh_estimate"] or 0.0 for g in found}
+
+    eventually(lambda: len(energy()) == 2, "both are charged")
+    fake_nvml.set("0", energy="3601000")
+    eventually(lambda: energy()[first] == pytest.approx(1.0), "a counter says how much")
+    eventually(lambda: energy()[second] > 0, "power and time do, too")
     fake_nvml.set("0", power="250000", throttle="72", memory=f"{80 * GIB} 0 {60 * GIB}")
     eventually(lambda: seen(on_gpus)[0]["sample"]["power_w"] == 250.0, "it is measured")
     table = serving("gpus", home=on_gpus.home).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -125,6 +126,10 @@ def test_a_version_that_fails_one_request_in_twenty_is_taken_back_unnoticed(
     assert load.failed == {}
     assert load.broken == []
     assert 0 < rollout(deployment)["rollback_ms"] < ROLLBACK_MS
+    ended = rollout(deployment)
+    (cost,) = (v["sentence"] for v in ended["verdicts"] if v["trigger"] == "cost")
+    assert re.search(r"canary cost \$\S+ per 1,000 \(\S+ ms .*, stable cost \$\S+ per 1,000", cost)
+    assert ended["arms"]["stable"]["usd_per_1000"] > 0
     (failed,) = (v for v in rollout(deployment)["verdicts"] if v["verdict"] == "fail")
     assert failed["trigger"] == "errors"
     explained = serving("rollout", "explain", "double", home=deployment.home)

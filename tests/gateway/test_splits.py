@@ -186,6 +186,11 @@ def test_a_batch_is_counted_once(rollout: Rollout) -> None:
     assert (counts.requests, counts.batches) == (8, 1)
     assert (counts.latency.total, counts.batch_latency.total) == (8, 1)
     assert counts.batch_latency.quantile(1.0) == counts.latency.quantile(1.0)
+    # What it took of the device is what the ledger is told.
+    usage = rollout.gateway.run(rollout.gateway.server.routes.report_usage)
+    [(_, kind, busy_ns, requests)] = next(u["rows"] for u in usage if u["replica"] == "canary-1")
+    assert (kind, requests, counts.busy_ns) == ("direct", 8, busy_ns)
+    assert busy_ns > 0
 
 
 def test_late_answers_count_in_the_epoch_of_their_request(rollout: Rollout) -> None:
