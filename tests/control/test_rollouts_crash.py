@@ -91,7 +91,7 @@ class End:
 
 async def simulate(home: Path, story: str, fuse: Fuse) -> End:
     """A rollout to version 2 under traffic; whoever takes over goes on where the last one ended."""
-    world = RolloutWorld(home, traffic=Traffic(seed=7, requests_s=40))
+    world = RolloutWorld(home, traffic=Traffic(seed=7, requests_s=80))
     _without_disk(world)
     world.traffic.versions["2"] = STORIES[story]
     await world.serving()
@@ -192,7 +192,7 @@ def test_every_controller_ends_at_once(
     """Each one gets an effect or two further, so that every effect is somebody's last."""
     fuse = Fuse(at, when, again=True)
     end = asyncio.run(simulate(tmp_path, story, fuse))
-    assert fuse.blown > 20
+    assert fuse.blown > 15
     assert_as_without_a_crash(end, clean[story][0], story)
 
 
