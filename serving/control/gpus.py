@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -75,7 +75,7 @@ class Gpus:
     def __init__(self, fleet: Fleet, *, store: Store, in_store: Blocking, clock: Clock) -> None:
         self._fleet, self._store, self._in_store, self._clock = fleet, store, in_store, clock
         self._nodes: dict[str, _Heard] = {}
-        self._expected: frozenset[str] = frozenset()
+        self._expected: dict[str, float] = {}
         self._cordons: dict[str, CordonRow] = {}
         self._unsaved: list[CordonRow] = []
         self._xids: dict[str, deque[XidEvent]] = {}
@@ -89,9 +89,14 @@ class Gpus:
 
     # What agents and replicas say.
 
-    def expect(self, nodes: Collection[str]) -> None:
-        """These nodes have GPUs, Ray says."""
-        self._expected = frozenset(nodes)
+    def expect(self, nodes: Mapping[str, float]) -> None:
+        """So many GPUs these nodes have, Ray says."""
+        self._expected = dict(nodes)
+
+    @property
+    def counted_by_ray(self) -> Mapping[str, float]:
+        """What Ray counts of GPUs, by node."""
+        return self._expected
 
     async def report(self, raw: Mapping[str, Any]) -> None:
         """Take a node's report: `NodeReport.to_dict`. Raises `StoreError`.
@@ -230,7 +235,7 @@ class Gpus:
             report, age = heard.report, now - heard.at
             problem = report.problem or (_silence(age) if age > STALE_S else "")
             found.append(Node(report.node, report.host, report.driver, age, problem))
-        unheard = self._expected - {heard.report.node for heard in present}
+        unheard = self._expected.keys() - {heard.report.node for heard in present}
         missing = "Ray counts GPUs here, but no agent has reported them"
         return found + [Node(node, "", None, None, missing) for node in sorted(unheard)]
 

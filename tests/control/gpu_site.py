@@ -76,8 +76,13 @@ class GpuWorld(RolloutWorld):
     def announce(self, controller: Controller) -> None:
         for info in self.cluster.announcements():
             replica = info["replica"]
+            if info["state"] == "draining":
+                controller.announce(info)
+                controller.placer.book.release(replica)
+                self.held.pop(replica, None)
+                continue
             if replica not in self.held:
-                lease = controller.lease_gpu(info["app"], replica, "node", info["pid"])
+                lease = controller.lease_gpu(info["app"], replica, info["node"], info["pid"])
                 self.held[replica] = lease or {}
             lease = self.held[replica]
             gpu = {"gpu": lease.get("uuid"), "lease_bytes": lease.get("bytes")}

@@ -16,7 +16,7 @@ from serving.errors import ClusterError
 # Serve's import warns.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-Start = Callable[[Sequence[AppSpec]], dict[str, str]]
+Start = Callable[..., dict[str, str]]
 
 
 class Nothing:
@@ -59,7 +59,7 @@ def test_options_that_serve_does_not_take_stop_no_other_application(
     start: Start, taken: Serve
 ) -> None:
     good, fine, endless = app("good"), app("fine", slot=1e-9), app("endless", slot=float("inf"))
-    refused = start([fine, good, endless])
+    refused = start([fine, good, endless], {})
     assert taken.started == [good.name]
     assert refused.keys() == {fine.name, endless.name}
     assert "precision" in refused[fine.name]
@@ -69,7 +69,7 @@ def test_options_that_serve_does_not_take_stop_no_other_application(
 def test_nothing_but_refused_applications_asks_nobody(start: Start, taken: Serve) -> None:
     taken.error = RuntimeError("asked")
     only = app("m", slot=1e-9)
-    assert start([only]).keys() == {only.name}
+    assert start([only], {}).keys() == {only.name}
 
 
 def test_a_serve_that_fails_is_a_sentence_with_the_names(start: Start, taken: Serve) -> None:
@@ -77,5 +77,5 @@ def test_a_serve_that_fails_is_a_sentence_with_the_names(start: Start, taken: Se
     first = app("m")
     second = replace(first, count=2)
     with pytest.raises(ClusterError) as caught:
-        start([first, second])
+        start([first, second], {})
     assert str(caught.value) == f"cannot start {first.name}, {second.name}: no controller"

@@ -137,10 +137,10 @@ def test_old_measurements_are_not_believed(world: World) -> None:
         gpu = rows(controller)[A.uuid]
         assert (gpu["health"], gpu["sample"], gpu["memory"]["used"]) == ("unknown", None, None)
         assert gpu["reasons"] == ["its node's agent was last heard 6 s ago"]
-        controller.gpus.expect(["n1"])
+        controller.gpus.expect({"n1": 1.0})
         world.monotonic += FORGET_S
         assert len(rows(controller)) == 2
-        controller.gpus.expect([])
+        controller.gpus.expect({})
         assert rows(controller) == {}
 
     run(scenario())
@@ -149,7 +149,7 @@ def test_old_measurements_are_not_believed(world: World) -> None:
 def test_an_agent_with_a_problem_and_one_that_never_spoke_are_named(world: World) -> None:
     async def scenario() -> None:
         controller = await world.controller()
-        controller.gpus.expect(["n1", "n2"])
+        controller.gpus.expect({"n1": 1.0, "n2": 1.0})
         await controller.gpus.report(report((A, SAMPLE), problem="NVML has not answered"))
         nodes = view(controller)["nodes"]
         assert [(n["node"], n["problem"]) for n in nodes] == [

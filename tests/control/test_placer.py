@@ -279,7 +279,7 @@ def test_a_replica_waits_until_the_gpus_are_known(world: GpuWorld) -> None:
         world.gpus = []
         controller = await world.begin({"m": {"version": "1"}})
         app = next(iter(names(controller)))
-        controller.gpus.expect(["node"])
+        controller.gpus.expect({"node": 1.0})
         with pytest.raises(Unavailable, match="the GPUs of node are not known yet"):
             controller.lease_gpu(app, "another", "node", 7)
 
