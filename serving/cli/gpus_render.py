@@ -99,6 +99,9 @@ def _remarks(found: dict[str, Any]) -> Iterator[Text]:
             yield Text(f"{name}: {'; '.join(gpu['reasons'])}", style=_STYLES[gpu["health"]])
         if gpu["cordon"] and gpu["cordon"]["uuid"] == gpu["uuid"]:
             yield Text(f"{name}: {_cordoned(gpu['cordon'])}", style="red")
+        stays = {f"{r['model']}/{r['version']} stays: {r['stays']}": None
+                 for r in gpu["replicas"] if r["stays"]}  # fmt: skip
+        yield from (Text(f"{name}: {why}", style="yellow") for why in stays)
     for node in found["nodes"]:
         if node["problem"]:
             yield Text(f"node {node['host'] or node['node']}: {node['problem']}", style="yellow")

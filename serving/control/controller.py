@@ -386,7 +386,7 @@ class Controller:
         Raises `StoreError` or `ClusterError`; what was not done is done by the next step.
         """
         await self.watch()
-        if self._may_act() and (look or self.mover.busy or not self.reconciler.settled):
+        if self._may_act() and (look or self.mover.due or not self.reconciler.settled):
             await self.reconciler.tick(gateways_known=self.totals_are_current)
             await self.mover.step()
 

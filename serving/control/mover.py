@@ -7,7 +7,7 @@ at. Nothing of it is saved.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,11 +58,12 @@ class Mover:
         self._cluster, self._in_cluster = cluster, in_cluster
         self._clock, self._tick_s, self._drain_s = clock, tick_s, drain_s
         self._leaving: dict[str, _Leaving] = {}
+        self._known: frozenset[str] = frozenset()
 
     @property
-    def busy(self) -> bool:
-        """Whether something moves, so that the next step should not be late."""
-        return bool(self._leaving or self._placer.extra)
+    def due(self) -> bool:
+        """Whether something moves or may have to, so that the next step should not be late."""
+        return bool(self._leaving or self._placer.extra) or self._cordons() != self._known
 
     async def step(self) -> None:
         """One step; Serve was looked at just now. Raises `StoreError` or `ClusterError`."""
@@ -82,6 +83,9 @@ class Mover:
             if move.add:
                 await self._add(apps[name], move.add)
 
+    def _cordons(self) -> frozenset[str]:
+        return frozenset(d.uuid for d in self._placer.devices() if d.cordoned)
+
     def _seated(self) -> dict[str, AppSpec]:
         """The applications with seats that are to run."""
         there = self._reconciler.apps
@@ -96,7 +100,7 @@ class Mover:
         self._reconciler.leaving = set(self._leaving)
 
     def _decide(self, apps: Mapping[str, AppSpec]) -> dict[str, Moves]:
-        cordoned = {d.uuid for d in self._placer.devices() if d.cordoned}
+        cordoned = self._known = self._cordons()
         self._placer.extra, self._placer.stays = {}, {}
         moves = {}
         for name, app in apps.items():
@@ -117,7 +121,7 @@ class Mover:
             self._placer.stays = {**self._placer.stays, app.name: why}
         return fits
 
-    def _taken(self, app: str, cordoned: set[str]) -> list[Taken]:
+    def _taken(self, app: str, cordoned: Collection[str]) -> list[Taken]:
         ready = {}
         for replica in sorted(self._reconciler.fleet.of(app), key=lambda r: r.heard_at):
             if replica.state == "ready":

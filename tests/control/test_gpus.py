@@ -63,7 +63,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def view(controller: Controller) -> dict[str, Any]:
-    return gpus_view(controller.gpus, controller.ledger.gpu_price)
+    return gpus_view(controller.gpus, controller.ledger.gpu_price, controller.placer.stays)
 
 
 def rows(controller: Controller) -> dict[str, dict[str, Any]]:

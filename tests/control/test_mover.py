@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from serving.control.controller import Controller
+from serving.control.gpu_views import gpus_view
 from serving.control.placer import UNHEARD_PATIENCE_S
+from serving.control.status import status
 from serving.core.gpus import NodeReport, XidEvent
 from serving.core.seats import Seat
 from tests.control.gpu_site import FakeGpu, GpuWorld, model, where
@@ -106,7 +108,11 @@ def test_without_room_it_stays_says_so_and_moves_once_there_is_some(world: GpuWo
             "needs 20.0 GiB as gpu_memory_bytes says; the largest free is 4.0 GiB on GPU-b "
             "(1 cordoned)"
         )
-        assert not controller.mover.busy
+        view = gpus_view(controller.gpus, lambda _: None, controller.placer.stays)["gpus"]
+        assert [[r["stays"] for r in gpu["replicas"]] for gpu in view] == [[row["stays"]], [None]]
+        (version,) = status(controller)["models"][0]["versions"]
+        assert version["last_error"] == f"it stays on a cordoned GPU: {row['stays']}"
+        assert not controller.mover.due
         world.gpus.append(FakeGpu("GPU-c"))
         await world.seconds(controller, 8)
         assert on(controller) == ["GPU-b", "GPU-c"]
