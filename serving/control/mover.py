@@ -1,5 +1,7 @@
 """Moves replicas off cordoned GPUs: another one first, then the routes, then the old one goes.
 
+One that cannot start because its node has no room is moved to a node that has.
+
 What is to be done is `decide_moves`' decision, made anew from what runs whenever Serve was looked
 at. Nothing of it is saved.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -104,15 +106,28 @@ class Mover:
         self._placer.extra, self._placer.stays = {}, {}
         moves = {}
         for name, app in apps.items():
-            seats = self._taken(name, cordoned)
+            stranded = self._stranded(app)
+            seats = self._taken(name, cordoned, stranded)
             staying = sum(s.stage is not Stage.LEAVING for s in seats)
             coming = max(0, staying - app.count)
             found = decide_moves(app.count, seats, partial(self._room, app, coming))
             if coming or found.add:
                 extra = max(0, staying + found.add - app.count)
                 self._placer.extra = {**self._placer.extra, name: extra}
-            moves[name] = found
+            moves[name] = replace(found, leave=(*found.leave, *stranded))
         return moves
+
+    def _stranded(self, app: AppSpec) -> list[str]:
+        """Seats on nodes that have no room any more, while another node has."""
+        replicas = [r for r in self._reconciler.fleet.of(app.name) if r.seat not in self._leaving]
+        there = self._reconciler.apps[app.name].seats.keys() - {
+            r.seat for r in replicas if r.state != "failed"
+        }
+        failed = {r.seat: r.endpoint.node for r in replicas if r.seat in there}
+        if not failed:
+            return []
+        nodes = self._placer.wanted_nodes(app, self._reconciler.state, self._records())
+        return [seat for seat, node in sorted(failed.items()) if nodes and node not in nodes]
 
     def _room(self, app: AppSpec, coming: int, wanted: int) -> int:
         state = self._reconciler.state
@@ -121,14 +136,16 @@ class Mover:
             self._placer.stays = {**self._placer.stays, app.name: why}
         return fits
 
-    def _taken(self, app: str, cordoned: Collection[str]) -> list[Taken]:
+    def _taken(
+        self, app: str, cordoned: Collection[str], stranded: Collection[str]
+    ) -> list[Taken]:
         ready = {}
         for replica in sorted(self._reconciler.fleet.of(app), key=lambda r: r.heard_at):
             if replica.state == "ready":
                 ready[replica.seat] = str(replica.info.get("gpu"))
         found = []
         for seat, phase in self._reconciler.apps[app].seats.items():
-            if phase is Phase.DELETING or seat in self._leaving:
+            if phase is Phase.DELETING or seat in self._leaving or seat in stranded:
                 found.append(Taken(seat, Stage.LEAVING))
             elif seat in ready:
                 found.append(Taken(seat, Stage.READY, ready[seat] in cordoned))
@@ -167,7 +184,7 @@ class Mover:
             self._gpus.counted_by_ray,
         )
         names = [seat_name(app.name, s.number) for s in seats]
-        log.info("starting %s to move off cordoned GPUs", ", ".join(names))
+        log.info("starting %s elsewhere", ", ".join(names))
         await self._event("start", apps=names)
         await self._in_cluster(self._cluster.start, [app], {app.name: seats})
 

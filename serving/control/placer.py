@@ -111,20 +111,31 @@ class Placer:
     ) -> tuple[Seat, ...]:
         """Seats with these numbers, on the nodes that are planned for what `app` has too few."""
         found, waves = self.devices(), claims(state, records)
-        needs = self._needs_of(waves, found)
-        placed = self.book.plan(found, self._demands(waves, needs))
-        held = sum(lease.app == app.name for lease in self.book.leases)
-        by_uuid = {d.uuid: d for d in found}
-        planned = [by_uuid[u] for u in placed.slots.get(app.name, ())[held:] if u in by_uuid]
+        need = self._needs_of(waves, found).get(app.name)
         # The last ones: who is starting has yet to take the first.
-        planned = planned[-len(numbers) :]
-        need, on_node = needs.get(app.name), Counter(d.node for d in found)
+        planned = self._planned(app, found, waves)[-len(numbers) :]
+        on_node = Counter(d.node for d in found)
         return tuple(
             seat_on(device, number, need, ray_gpus.get(device.node), on_node[device.node])
             if device is not None and need is not None
             else Seat(number)
             for number, device in zip_longest(numbers, planned)
         )
+
+    def wanted_nodes(
+        self, app: AppSpec, state: State, records: Sequence[Record]
+    ) -> frozenset[str]:
+        """The nodes that are planned for the replicas that have no lease yet."""
+        planned = self._planned(app, self.devices(), claims(state, records))
+        return frozenset(device.node for device in planned)
+
+    def _planned(
+        self, app: AppSpec, found: Sequence[Device], waves: Sequence[Sequence[Claim]]
+    ) -> list[Device]:
+        placed = self.book.plan(found, self._demands(waves, self._needs_of(waves, found)))
+        held = sum(lease.app == app.name for lease in self.book.leases)
+        by_uuid = {d.uuid: d for d in found}
+        return [by_uuid[uuid] for uuid in placed.slots.get(app.name, ())[held:]]
 
     def room(
         self, app: AppSpec, have: int, more: int, state: State, records: Sequence[Record]

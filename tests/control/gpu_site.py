@@ -7,6 +7,7 @@ from typing import Any
 
 from serving.control.controller import Controller
 from serving.core.gpus import Gpu, GpuProcess, GpuSample, NodeReport
+from serving.errors import DeviceError
 from tests.control.rollout_world import RolloutWorld
 
 GIB = 1 << 30
@@ -82,7 +83,11 @@ class GpuWorld(RolloutWorld):
                 self.held.pop(replica, None)
                 continue
             if replica not in self.held:
-                lease = controller.lease_gpu(info["app"], replica, info["node"], info["pid"])
+                try:
+                    lease = controller.lease_gpu(info["app"], replica, info["node"], info["pid"])
+                except DeviceError as error:
+                    controller.announce({**info, "state": "failed", "error": str(error)})
+                    continue
                 self.held[replica] = lease or {}
             lease = self.held[replica]
             gpu = {"gpu": lease.get("uuid"), "lease_bytes": lease.get("bytes")}

@@ -170,6 +170,27 @@ def test_replicas_start_on_the_nodes_they_are_planned_for(world: GpuWorld) -> No
     run(scenario())
 
 
+def test_a_replica_that_died_with_the_last_gpu_of_its_node_is_replaced_on_another(
+    world: GpuWorld,
+) -> None:
+    async def scenario() -> None:
+        world.gpus = [FakeGpu("GPU-a", node="one"), FakeGpu("GPU-b", 22, node="two")]
+        controller = await world.begin({"m": model("1", 20), "n": model("1", 20)})
+        (died,) = (x for x in controller.placer.book.leases if x.app[6] == "m")
+        # It ends, and Serve starts another one in the same seat.
+        await controller.gpus.cordon(died.terms.uuid, actor="controller", reason="XID 79")
+        controller.placer.book.release(died.replica)
+        world.cluster.generation["1"] = 1
+        await world.seconds(controller, 4)
+        assert controller.plan()["models"][0]["refused"], "n has the room"
+        world.gpus.append(FakeGpu("GPU-c", node="three"))
+        await world.seconds(controller, 12)
+        assert "GPU-c" in on(controller)
+        assert [s.node for s in seats_of(world, "m").values()] == ["three"]
+
+    run(scenario())
+
+
 def test_applications_wait_a_little_for_gpus_that_ray_counts(world: GpuWorld) -> None:
     async def scenario() -> None:
         controller = await world.controller()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.deployment import Deployment, eventually, serving
 from tests.e2e.load import Load
-from tests.e2e.test_faults import MLP, mlp_body
+from tests.e2e.test_faults import MLP, mlp_body, replicas
 from tests.fake_nvml import GIB, FakeNvml, whole
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
@@ -113,9 +114,10 @@ def test_gpus_are_measured_and_replicas_move_off_those_that_are_cordoned(
         done = serving("gpus", "uncordon", second, home=on_gpus.home)
         assert done.returncode == 0, done.stderr
 
-        # A GPU that breaks is cordoned, and left, without anybody's doing.
+        # A GPU that breaks is cordoned, and left, without anybody's doing; one replica dies of it.
         answered = load.count
         fake_nvml.raise_xid(0, 79)
+        os.kill(replicas(on_gpus, "mlp")[0]["pid"], signal.SIGKILL)
         on_gpus.moved("mlp", second, second)
         load.wait_for(load.count + 100)
     assert (load.failed, load.broken) == ({}, []), load.failures
