@@ -14,6 +14,7 @@ from rich.text import Text
 
 from serving.cli.client import Admin
 from serving.cli.render import console, grid, show_view
+from serving.errors import ClusterError
 
 POLL_S: Final = 1.0
 
@@ -56,9 +57,13 @@ def follow(admin: Admin, *, as_json: bool) -> None:
 
 
 def _looks(admin: Admin) -> Iterator[dict[str, Any]]:
+    yield admin.gpus()
     while True:
-        yield admin.gpus()
         time.sleep(POLL_S)
+        try:
+            yield admin.gpus()
+        except ClusterError as error:
+            raise ClusterError(f"the controller has gone away: {error}") from error
 
 
 def _row(gpu: dict[str, Any]) -> list[Text | str]:
