@@ -66,9 +66,7 @@ class ServeCluster:
             name: of[name] if name in of else of_seats(of) for name, of in sorted(parts.items())
         }
 
-    def start(
-        self, apps: Sequence[AppSpec], seats: Mapping[str, Sequence[Seat]]
-    ) -> dict[str, str]:
+    def start(self, apps: Sequence[AppSpec], seats: Mapping[str, Sequence[Seat]]) -> dict[str, str]:
         """Start applications, or more seats of some, without waiting. Raises `ClusterError`.
 
         Gives the names of those whose options Serve does not take, with the reason; the others are

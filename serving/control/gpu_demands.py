@@ -126,9 +126,7 @@ def demand_of(claim: Claim, need: Need, extra: int = 0) -> Demand:
     )
 
 
-def seat_on(
-    device: Device, number: int, need: Need, ray_gpus: float | None, on_node: int
-) -> Seat:
+def seat_on(device: Device, number: int, need: Need, ray_gpus: float | None, on_node: int) -> Seat:
     """The seat of a replica that is planned for `device`, one of `on_node` devices of its node.
 
     `ray_gpus` is what Ray counts there. What nobody has measured takes next to nothing of it: its

@@ -136,9 +136,7 @@ class Mover:
             self._placer.stays = {**self._placer.stays, app.name: why}
         return fits
 
-    def _taken(
-        self, app: str, cordoned: Collection[str], stranded: Collection[str]
-    ) -> list[Taken]:
+    def _taken(self, app: str, cordoned: Collection[str], stranded: Collection[str]) -> list[Taken]:
         ready = {}
         for replica in sorted(self._reconciler.fleet.of(app), key=lambda r: r.heard_at):
             if replica.state == "ready":

@@ -122,9 +122,7 @@ class Placer:
             for number, device in zip_longest(numbers, planned)
         )
 
-    def wanted_nodes(
-        self, app: AppSpec, state: State, records: Sequence[Record]
-    ) -> frozenset[str]:
+    def wanted_nodes(self, app: AppSpec, state: State, records: Sequence[Record]) -> frozenset[str]:
         """The nodes that are planned for the replicas that have no lease yet."""
         planned = self._planned(app, self.devices(), claims(state, records))
         return frozenset(device.node for device in planned)

@@ -71,9 +71,7 @@ class Cluster(Protocol):
     def observe(self) -> dict[str, AppStatus]:
         """The model applications that exist."""
 
-    def start(
-        self, apps: Sequence[AppSpec], seats: Mapping[str, Sequence[Seat]]
-    ) -> dict[str, str]:
+    def start(self, apps: Sequence[AppSpec], seats: Mapping[str, Sequence[Seat]]) -> dict[str, str]:
         """Start applications that do not exist yet, without waiting for them.
 
         Those that `seats` names get these, which may be more seats for one that exists. Gives the

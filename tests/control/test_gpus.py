@@ -256,6 +256,33 @@ def test_two_fatal_cuda_errors_cordon_and_one_does_not(world: World) -> None:
     run(scenario())
 
 
+def test_a_fatal_cuda_error_is_remembered_by_the_next_controller(world: World) -> None:
+    async def scenario() -> None:
+        controller = await world.controller()
+        await world.apply(controller, {"m": {"version": "1"}})
+        await world.settle(controller)
+        (info,) = world.cluster.announcements()
+
+        async def fail(replica: str) -> None:
+            why = {"gpu": A.uuid, "fatal": "CUDA error"}
+            controller.announce({**info, **why, "replica": replica, "state": "failed"})
+            await controller.watch()
+
+        await fail("r1")
+        controller = await world.controller()
+        await controller.gpus.report(both())
+        await fail("r1")
+        assert reasons(world) == {}, "it is the same one"
+        await fail("r2")
+        assert list(reasons(world)) == [A.uuid]
+        await controller.gpus.uncordon(A.uuid, actor="alice", reason="")
+        controller = await world.controller()
+        await fail("r3")
+        assert reasons(world) == {}, "what was held against it is forgotten"
+
+    run(scenario())
+
+
 def test_a_cordon_outlives_the_controller(world: World) -> None:
     async def scenario() -> None:
         first = await world.controller()

@@ -33,8 +33,8 @@ class FakeCluster:
     """Applications that become ready when `announce` says so, in seats where they have some.
 
     Versions that are `broken` fail at their start, those that are `refused` are never started,
-    those that are `silent` say nothing any more, replicas of `slow` seats are not ready yet. `generation` counts how often replicas of a
-    version were replaced.
+    those that are `silent` say nothing any more, replicas of `slow` seats are not ready yet.
+    `generation` counts how often replicas of a version were replaced.
     """
 
     apps: dict[str, AppSpec] = field(default_factory=dict)
@@ -56,9 +56,7 @@ class FakeCluster:
             for name, phase in self.phases.items()
         }
 
-    def start(
-        self, apps: Sequence[AppSpec], seats: Mapping[str, Sequence[Seat]]
-    ) -> dict[str, str]:
+    def start(self, apps: Sequence[AppSpec], seats: Mapping[str, Sequence[Seat]]) -> dict[str, str]:
         refused = {a.name: "never" for a in apps if a.replica.version in self.refused}
         for app in (a for a in apps if a.name not in refused):
             own = {seat_name(app.name, s.number): s for s in seats.get(app.name, ())}
