@@ -260,6 +260,8 @@ class Controller:
         """See `Placer.lease`; the lease as `GpuLease.to_dict`, or None for the CPU."""
         if not self._may_act():
             raise Unavailable("just restarted: replicas have not repeated what they hold yet")
+        if not self.gpus.counted:
+            raise Unavailable("just started: Ray has not said yet which nodes have GPUs")
         lease = self.placer.lease(app, replica, node, pid, self.state, self.rollouts.records)
         return None if lease is None else lease.to_dict()
 

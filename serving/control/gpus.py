@@ -71,12 +71,16 @@ class _Heard:
 
 
 class Gpus:
-    """The inventory. Lives on the controller's loop."""
+    """The inventory. Lives on the controller's loop.
+
+    `counted`: whether Ray has said by now on which nodes there are GPUs.
+    """
 
     def __init__(self, fleet: Fleet, *, store: Store, in_store: Blocking, clock: Clock) -> None:
         self._fleet, self._store, self._in_store, self._clock = fleet, store, in_store, clock
         self._nodes: dict[str, _Heard] = {}
         self._expected: dict[str, float] = {}
+        self.counted = False
         self._cordons: dict[str, CordonRow] = {}
         self._unsaved: list[CordonRow] = []
         self._xids: dict[str, deque[XidEvent]] = {}
@@ -96,7 +100,7 @@ class Gpus:
 
     def expect(self, nodes: Mapping[str, float]) -> None:
         """So many GPUs these nodes have, Ray says."""
-        self._expected = dict(nodes)
+        self._expected, self.counted = dict(nodes), True
 
     @property
     def counted_by_ray(self) -> Mapping[str, float]:

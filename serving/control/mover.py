@@ -106,6 +106,8 @@ class Mover:
         self._placer.extra, self._placer.stays = {}, {}
         moves = {}
         for name, app in apps.items():
+            if not self._all_known(app):
+                continue
             stranded = self._stranded(app)
             seats = self._taken(name, cordoned, stranded)
             staying = sum(s.stage is not Stage.LEAVING for s in seats)
@@ -116,6 +118,11 @@ class Mover:
                 self._placer.extra = {**self._placer.extra, name: extra}
             moves[name] = replace(found, leave=(*found.leave, *stranded))
         return moves
+
+    def _all_known(self, app: AppSpec) -> bool:
+        """Whether the GPUs of all its replicas have been reported: else who is to move is open."""
+        known = {None, *(d.uuid for d in self._placer.devices())}
+        return all(r.info.get("gpu") in known for r in self._reconciler.fleet.of(app.name))
 
     def _stranded(self, app: AppSpec) -> list[str]:
         """Seats on nodes that have no room any more, while another node has."""

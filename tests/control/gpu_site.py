@@ -7,7 +7,7 @@ from typing import Any
 
 from serving.control.controller import Controller
 from serving.core.gpus import Gpu, GpuProcess, GpuSample, NodeReport
-from serving.errors import DeviceError
+from serving.errors import DeviceError, Unavailable
 from tests.control.rollout_world import RolloutWorld
 
 GIB = 1 << 30
@@ -85,6 +85,8 @@ class GpuWorld(RolloutWorld):
             if replica not in self.held:
                 try:
                     lease = controller.lease_gpu(info["app"], replica, info["node"], info["pid"])
+                except Unavailable:
+                    continue
                 except DeviceError as error:
                     controller.announce({**info, "state": "failed", "error": str(error)})
                     continue

@@ -146,8 +146,14 @@ def test_another_controller_goes_on_with_a_move(world: GpuWorld, after_s: int) -
         await cordon(controller, "GPU-b")
         await world.seconds(controller, after_s)
         controller = await world.controller()
-        await world.measure(controller)
+        controller.gpus.expect({"node": 3.0})
+        # It hears replicas before it hears of GPUs.
+        gpus, world.gpus = world.gpus, []
+        await world.seconds(controller, 3)
+        world.gpus = gpus
         await world.seconds(controller, 14)
+        (app,) = world.cluster.seats
+        assert f"{app}.2" not in world.cluster.deleted, "the move was not called off"
         assert on(controller) == ["GPU-a", "GPU-c"]
         assert len(seats(world)) == len(routed(controller)) == 2
 

@@ -224,6 +224,7 @@ class World:
             providers=lambda _: wrap(self.providers, "providers"),
         )
         await controller.load()
+        controller.gpus.expect({})
         controller.board = controller.reconciler.board = wrap(controller.board, "board")
         return controller
 
