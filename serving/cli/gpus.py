@@ -64,7 +64,7 @@ def show(
 
 
 def cordon(uuid: Uuid, reason: Why, file: ConfigFile = None, url: Url = None) -> None:
-    """Let nothing new start on a GPU. What runs on it stays."""
+    """Let nothing new start on a GPU. What runs on it moves, as far as others have room."""
     _command(uuid, "cordon", reason, file, url)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from serving.cli.client import Admin
 from serving.cli.render import console, grid, show_view
+from serving.errors import ClusterError
 
 POLL_S: Final = 1.0
 
@@ -56,9 +57,13 @@ def follow(admin: Admin, *, as_json: bool) -> None:
 
 
 def _looks(admin: Admin) -> Iterator[dict[str, Any]]:
+    yield admin.gpus()
     while True:
-        yield admin.gpus()
         time.sleep(POLL_S)
+        try:
+            yield admin.gpus()
+        except ClusterError as error:
+            raise ClusterError(f"the controller has gone away: {error}") from error
 
 
 def _row(gpu: dict[str, Any]) -> list[Text | str]:
@@ -99,6 +104,9 @@ def _remarks(found: dict[str, Any]) -> Iterator[Text]:
             yield Text(f"{name}: {'; '.join(gpu['reasons'])}", style=_STYLES[gpu["health"]])
         if gpu["cordon"] and gpu["cordon"]["uuid"] == gpu["uuid"]:
             yield Text(f"{name}: {_cordoned(gpu['cordon'])}", style="red")
+        stays = {f"{r['model']}/{r['version']} stays: {r['stays']}": None
+                 for r in gpu["replicas"] if r["stays"]}  # fmt: skip
+        yield from (Text(f"{name}: {why}", style="yellow") for why in stays)
     for node in found["nodes"]:
         if node["problem"]:
             yield Text(f"node {node['host'] or node['node']}: {node['problem']}", style="yellow")

@@ -20,12 +20,18 @@ def placement_view(plan: Mapping[str, Any]) -> RenderableType:
     if not plan["gpus"]:
         return Group(_models(plan), Text("no GPU is known: nothing is placed by memory"))
     refused = [Text(refusal(row), style="red") for row in plan["models"] if row["refused"]]
-    return Group(_models(plan), _gpus(plan), *refused)
+    stay = [Text(staying(row), style="yellow") for row in plan["models"] if row["stays"]]
+    return Group(_models(plan), _gpus(plan), *refused, *stay)
 
 
 def refusal(row: Mapping[str, Any]) -> str:
     """Why an application gets no GPU, or not all that it wants."""
     return f"{row['model']} version {row['version']}: {row['refused']}"
+
+
+def staying(row: Mapping[str, Any]) -> str:
+    """Why an application's replicas do not leave a cordoned GPU."""
+    return f"{row['model']} version {row['version']} stays on a cordoned GPU: {row['stays']}"
 
 
 def refuse_what_does_not_fit(plan: Mapping[str, Any]) -> None:

@@ -22,7 +22,9 @@ def gpu_routes(controller: Controller) -> list[Route]:
     """Every route of this module."""
 
     async def show(_: Request) -> Response:
-        return JSONResponse(gpus_view(controller.gpus, controller.ledger.gpu_price))
+        return JSONResponse(
+            gpus_view(controller.gpus, controller.ledger.gpu_price, controller.placer.stays)
+        )
 
     async def cordon(request: Request) -> Response:
         body = await json_object(request)

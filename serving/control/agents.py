@@ -9,11 +9,10 @@ from typing import Any, Final
 import ray
 from ray import serve
 
-from serving.control.cluster import RAY_ERRORS, replica_options
+from serving.control.cluster import NODE_LABEL, RAY_ERRORS, replica_options
 from serving.errors import ClusterError, first_line
 
 AGENT_APP: Final = "agent"
-_NODE_LABEL: Final = "ray.io/node-id"
 
 
 class NodeAgents:
@@ -27,19 +26,20 @@ class NodeAgents:
         self._env = dict(env)
         self._nodes: tuple[str, ...] = ()
 
-    def __call__(self) -> tuple[str, ...]:
-        """Start or stop agents where nodes came or went; the nodes with GPUs.
+    def __call__(self) -> dict[str, float]:
+        """Start or stop agents where nodes came or went; what Ray counts of GPUs, by node.
 
         Does not wait for the agents. Raises `ClusterError`.
         """
         try:
-            nodes = tuple(sorted(_nodes_with_gpus()))
+            counts = _nodes_with_gpus()
+            nodes = tuple(sorted(counts))
             if nodes != self._nodes:
                 self._deploy(nodes)
                 self._nodes = nodes
         except RAY_ERRORS as error:
             raise ClusterError(f"cannot start node agents: {first_line(error)}") from error
-        return nodes
+        return counts
 
     def _deploy(self, nodes: tuple[str, ...]) -> None:
         if not nodes:
@@ -48,7 +48,7 @@ class NodeAgents:
         module, _, name = self._agent_class.partition(":")
         options = replica_options(self._env, {})
         # It takes no GPU from Ray, so only the label brings it to where one is.
-        options["ray_actor_options"]["label_selector"] = {_NODE_LABEL: f"in({','.join(nodes)})"}
+        options["ray_actor_options"]["label_selector"] = {NODE_LABEL: f"in({','.join(nodes)})"}
         agent: Any = getattr(importlib.import_module(module), name)
         bound = agent.options(**options, num_replicas=len(nodes), max_replicas_per_node=1).bind()
         serve.run_many(
@@ -58,9 +58,9 @@ class NodeAgents:
         )
 
 
-def _nodes_with_gpus() -> list[str]:
-    return [
-        str(node["NodeID"])
+def _nodes_with_gpus() -> dict[str, float]:
+    return {
+        str(node["NodeID"]): float(node["Resources"]["GPU"])
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("GPU", 0) > 0
-    ]
+    }

@@ -18,12 +18,15 @@ from ray.serve.exceptions import RayServeException
 
 from serving.control.state import AppStatus
 from serving.core.plan import APP_PREFIX, AppSpec, Phase
+from serving.core.seats import Seat, app_of, seat_name
 from serving.errors import ClusterError, first_line
 
 HEALTH_CHECK_PERIOD_S: Final = 1.0
 HEALTH_CHECK_TIMEOUT_S: Final = 5.0
 DRAIN_S: Final = 20.0
 SCALE_TIMEOUT_S: Final = 5.0
+
+NODE_LABEL: Final = "ray.io/node-id"
 
 # What Ray and Serve raise when they cannot; anything else is a bug of ours.
 RAY_ERRORS: Final = (RayError, RayServeException, TimeoutError, RuntimeError)
@@ -59,14 +62,17 @@ class ServeCluster:
             found = serve.status().applications
         except RAY_ERRORS as error:
             raise ClusterError(f"Ray Serve does not answer: {first_line(error)}") from error
+        parts: dict[str, dict[str, AppStatus]] = {}
+        for name, app in found.items():
+            if name.startswith(APP_PREFIX):
+                status = AppStatus(_PHASES[app.status], _message(app), app.last_deployed_time_s)
+                parts.setdefault(app_of(name), {})[name] = status
         return {
-            name: AppStatus(_PHASES[app.status], _message(app), app.last_deployed_time_s)
-            for name, app in found.items()
-            if name.startswith(APP_PREFIX)
+            name: of[name] if name in of else of_seats(of) for name, of in sorted(parts.items())
         }
 
-    def start(self, apps: Sequence[AppSpec]) -> dict[str, str]:
-        """Start applications, without waiting for them. Raises `ClusterError`.
+    def start(self, apps: Sequence[AppSpec], seats: Mapping[str, Sequence[Seat]]) -> dict[str, str]:
+        """Start applications, or more seats of some, without waiting. Raises `ClusterError`.
 
         Gives the names of those whose options Serve does not take, with the reason; the others are
         started.
@@ -74,17 +80,11 @@ class ServeCluster:
         targets, refused = [], {}
         for app in apps:
             try:
-                bound = self._bind(app)
+                found = self._targets(app, seats.get(app.name))
             except _BAD_OPTIONS as error:
                 refused[app.name] = f"Ray Serve does not take its options: {first_line(error)}"
             else:
-                target = serve.RunTarget(
-                    bound,
-                    name=app.name,
-                    route_prefix=None,
-                    external_scaler_enabled=app.scaling is not None,
-                )
-                targets.append(target)
+                targets += found
         try:
             if targets:
                 serve.run_many(
@@ -117,10 +117,12 @@ class ServeCluster:
             raise ClusterError(f"cannot scale {told}: {first_line(error)}") from error
 
     def delete(self, names: Sequence[str]) -> None:
-        """Delete applications, without waiting for their end. Raises `ClusterError`."""
+        """Delete applications or seats, without waiting for their end. Raises `ClusterError`."""
         try:
-            for name in names:
-                serve.delete(name, _blocking=False)
+            found = serve.status().applications
+            for name in found:
+                if name in names or app_of(name) in names:
+                    serve.delete(name, _blocking=False)
         except RAY_ERRORS as error:
             raise ClusterError(f"cannot delete {', '.join(names)}: {first_line(error)}") from error
 
@@ -129,17 +131,57 @@ class ServeCluster:
         found = getattr(importlib.import_module(module), name)
         return found if isinstance(found, serve.Deployment) else serve.deployment(found)
 
-    def _bind(self, app: AppSpec) -> Any:
+    def _targets(self, app: AppSpec, seats: Sequence[Seat] | None) -> list[serve.RunTarget]:
+        if seats is None:
+            bound = self._bind(app, app.count, {})
+            scaled = app.scaling is not None
+            return [
+                serve.RunTarget(
+                    bound, name=app.name, route_prefix=None, external_scaler_enabled=scaled
+                )
+            ]
+        return [
+            serve.RunTarget(
+                self._bind(app, 1, _at(seat)),
+                name=seat_name(app.name, seat.number),
+                route_prefix=None,
+            )
+            for seat in seats
+        ]
+
+    def _bind(self, app: AppSpec, replicas: int, place: Mapping[str, Any]) -> Any:
         spec = {
             **app.replica.to_dict(),
             "app": app.name,
             "run_dir": f"{self._run_prefix}{app.name[-8:]}",
         }
         options = replica_options(self._env, app.replica.resources)
+        options["ray_actor_options"].update(place)
         deployment = self._deployment().options(
-            **options, num_replicas=app.count, max_ongoing_requests=100
+            **options, num_replicas=replicas, max_ongoing_requests=100
         )
         return deployment.bind(spec)
+
+
+def _at(seat: Seat) -> dict[str, Any]:
+    """What brings a replica to its seat. Where the node has died, Ray takes any other."""
+    if not seat.node:
+        return {"num_gpus": seat.num_gpus}
+    return {
+        "num_gpus": seat.num_gpus,
+        "label_selector": {NODE_LABEL: seat.node},
+        "fallback_strategy": [{"label_selector": {}}],
+    }
+
+
+def of_seats(seats: Mapping[str, AppStatus]) -> AppStatus:
+    """What seats come to: an application has failed where none of its seats has not."""
+    phases = {name: s.phase for name, s in seats.items()}
+    order = (Phase.STARTING, Phase.RUNNING, Phase.FAILED, Phase.DELETING)
+    phase = next(p for p in order if p in phases.values())
+    there = [s for s in seats.values() if s.phase is not Phase.DELETING] or list(seats.values())
+    message = next((s.message for s in there if s.message), "")
+    return AppStatus(phase, message, min(s.since for s in there), phases)
 
 
 def node_labels() -> dict[str, dict[str, str]]:

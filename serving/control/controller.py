@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from serving.control.gpu_demands import Needs
 from serving.control.gpus import Gpus
 from serving.control.incidents import IncidentWatch
 from serving.control.ledger import CostLedger
+from serving.control.mover import Mover
 from serving.control.observe import Observer
 from serving.control.operations import Operations
 from serving.control.placer import Placer
@@ -68,14 +69,14 @@ class Controller:
         resolver: Resolver,
         clock: Clock,
         providers: Callable[[Callable[[], int]], Providers] = lambda _: NoProviders(),
-        agents: Callable[[], Collection[str]] = tuple,
+        agents: Callable[[], Mapping[str, float]] = dict,
         labels: Callable[[], Mapping[str, Mapping[str, str]]] = dict,
         listen_tcp: bool = False,
     ) -> None:
         """`providers` makes those that rollouts ask, from what tells the table's revision.
 
-        `agents` makes sure that an agent runs on every node with GPUs, and names these nodes;
-        `labels` gives the labels of every node.
+        `agents` makes sure that an agent runs on every node with GPUs, and says how many Ray counts
+        on each; `labels` gives the labels of every node.
         """
         self.config = config
         self.deployment = deployment
@@ -163,6 +164,16 @@ class Controller:
             clock=self.clock, tick_s=self.config.control.tick_s,
         )  # fmt: skip
         self.placer.recall(await self._in_store(self._store.memory_profiles))
+        self.reconciler.seating = lambda apps: self.placer.seating(
+            apps, self.state, self.rollouts.records, self.gpus.counted_by_ray
+        )
+        self.mover = Mover(
+            self.reconciler, self.placer, self.gpus, lambda: self.rollouts.records,
+            store=self._store, in_store=self._in_store,
+            cluster=self._cluster, in_cluster=self._in_cluster,
+            clock=self.clock, tick_s=self.config.control.tick_s,
+            drain_s=self.config.gateway.drain_s,
+        )  # fmt: skip
         self.operations = Operations(
             self.config, self.reconciler, self.rollouts, self.placer,
             store=self._store, in_store=self._in_store,
@@ -267,6 +278,8 @@ class Controller:
         """See `Placer.lease`; the lease as `GpuLease.to_dict`, or None for the CPU."""
         if not self._may_act():
             raise Unavailable("just restarted: replicas have not repeated what they hold yet")
+        if not self.gpus.counted:
+            raise Unavailable("just started: Ray has not said yet which nodes have GPUs")
         lease = self.placer.lease(app, replica, node, pid, self.state, self.rollouts.records)
         return None if lease is None else lease.to_dict()
 
@@ -400,8 +413,9 @@ class Controller:
         await self.watch()
         if self._may_act():
             await self._scale()
-        if self._may_act() and (look or not self.reconciler.settled):
+        if self._may_act() and (look or self.mover.due or not self.reconciler.settled):
             await self.reconciler.tick(gateways_known=self.totals_are_current)
+            await self.mover.step()
 
     async def _scale(self) -> None:
         woken, self._woken = self._woken, False

@@ -29,6 +29,11 @@ class Replica:
         return str(self.info["app"])
 
     @property
+    def seat(self) -> str:
+        """The Serve application that it is a replica of: a seat of its application, or that."""
+        return str(self.info.get("seat") or self.app)
+
+    @property
     def state(self) -> str:
         """ready, draining or failed."""
         return str(self.info["state"])
@@ -87,9 +92,11 @@ class Fleet:
             (r for r in self._replicas.values() if r.app == app), key=lambda r: r.endpoint.replica
         )
 
-    def endpoints(self, app: str) -> tuple[Endpoint, ...]:
-        """The ready replicas of an application."""
-        return tuple(r.endpoint for r in self.of(app) if r.state == "ready")
+    def endpoints(self, app: str, leaving: Collection[str] = ()) -> tuple[Endpoint, ...]:
+        """The ready replicas of an application, but for those in seats that are `leaving`."""
+        return tuple(
+            r.endpoint for r in self.of(app) if r.state == "ready" and r.seat not in leaving
+        )
 
     def error(self, app: str) -> str:
         """What a replica of the application said about its failed start, or an empty string."""

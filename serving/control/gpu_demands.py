@@ -24,6 +24,7 @@ from serving.core.memory_profile import (
 from serving.core.placement import Demand, Device
 from serving.core.plan import AppSpec
 from serving.core.replica import ReplicaSpec
+from serving.core.seats import Seat, ray_share
 from serving.store.sql import ProfileRow
 
 
@@ -112,18 +113,30 @@ def wants_gpu(replica: ReplicaSpec, *, there_are_any: bool) -> bool:
     return replica.device == "cuda" or there_are_any
 
 
-def demand_of(claim: Claim, need: Need) -> Demand:
-    """A claim as the demand that `place` understands."""
+def demand_of(claim: Claim, need: Need, extra: int = 0) -> Demand:
+    """A claim as the demand that `place` understands, with `extra` replicas."""
     replica = claim.app.replica
     return Demand(
         app=claim.app.name,
         model=replica.model,
         version=replica.version,
-        replicas=claim.replicas,
+        replicas=claim.replicas + extra,
         bytes=need.bytes,
         group=claim.group,
         basis=need.basis,
     )
+
+
+def seat_on(device: Device, number: int, need: Need, ray_gpus: float | None, on_node: int) -> Seat:
+    """The seat of a replica that is planned for `device`, one of `on_node` devices of its node.
+
+    `ray_gpus` is what Ray counts there. What nobody has measured takes next to nothing of it: its
+    lease shrinks when it was, and Ray would go on counting the estimate.
+    """
+    if need.estimated:
+        return Seat(number, device.node)
+    share = ray_share(need.bytes, device.memory_bytes, ray_gpus, on_node)
+    return Seat(number, device.node, share)
 
 
 def claims(state: State, records: Sequence[Record]) -> list[list[Claim]]:

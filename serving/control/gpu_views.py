@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,19 +12,24 @@ from serving.core.gpus import GpuProcess
 from serving.store.sql import CordonRow
 
 
-def gpus_view(gpus: Gpus, price: Callable[[str], float | None]) -> dict[str, Any]:
+def gpus_view(
+    gpus: Gpus, price: Callable[[str], float | None], stays: Mapping[str, str]
+) -> dict[str, Any]:
     """Every GPU, every node that has some, and the cordons of GPUs that are on none.
 
-    `price` gives the USD an hour of a GPU by its UUID, None where it is not known.
+    `price` gives the USD an hour of a GPU by its UUID, None where it is not known. `stays` says why
+    replicas of an application do not leave a cordoned GPU.
     """
     return {
-        "gpus": [_gpu(standing, price(standing.gpu.uuid)) for standing in gpus.standings()],
+        "gpus": [_gpu(standing, price(standing.gpu.uuid), stays) for standing in gpus.standings()],
         "nodes": [asdict(node) for node in gpus.nodes()],
         "absent": [asdict(row) for row in gpus.absent_cordons()],
     }
 
 
-def _gpu(standing: Standing, usd_per_hour: float | None) -> dict[str, Any]:
+def _gpu(
+    standing: Standing, usd_per_hour: float | None, stays: Mapping[str, str]
+) -> dict[str, Any]:
     """One GPU. What is not known is null. Memory in bytes."""
     gpu, sample = standing.gpu, standing.sample
     plain = sample.to_dict() if sample is not None else {}
@@ -41,7 +46,13 @@ def _gpu(standing: Standing, usd_per_hour: float | None) -> dict[str, Any]:
         "memory": _memory(standing),
         "usd_per_hour": usd_per_hour,
         "sample": plain or None,
-        "replicas": [_replica(r, sample.processes if sample else None) for r in standing.replicas],
+        "replicas": [
+            {
+                **_replica(r, sample.processes if sample else None),
+                "stays": stays.get(r.app) if standing.cordon else None,
+            }
+            for r in standing.replicas
+        ],
         "other_processes": _others(standing.replicas, processes),
         "xids": [{**e.to_dict(), "class": e.kind.value} for e in standing.xids],
     }

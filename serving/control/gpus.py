@@ -1,8 +1,8 @@
 """The GPUs of all nodes: what their agents said last, who runs where, and which are cordoned.
 
-Nothing new starts on a cordoned GPU. A person cordons one, or the controller does: after an error
-of its hardware, and after two fatal CUDA errors within an hour, for which no one error number tells
-whether the model or the GPU is at fault.
+Nothing new starts on a cordoned GPU, and what runs there moves (`control/mover.py`). A person
+cordons one, or the controller does: after an error of its hardware, and after two fatal CUDA errors
+within an hour, for which no one error number tells whether the model or the GPU is at fault.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from serving.core.gpus import Condition, Gpu, GpuSample, NodeReport, XidEvent, c
 from serving.core.rollout import CONTROLLER
 from serving.errors import ConflictError, InvalidRequest, NotFound
 from serving.store.audit import AuditEntry
+from serving.store.gpu_errors import FatalErrorRow
 from serving.store.sql import CordonRow, Store
 
 STALE_S: Final = 5.0
@@ -70,28 +71,41 @@ class _Heard:
 
 
 class Gpus:
-    """The inventory. Lives on the controller's loop."""
+    """The inventory. Lives on the controller's loop.
+
+    `counted`: whether Ray has said by now on which nodes there are GPUs.
+    """
 
     def __init__(self, fleet: Fleet, *, store: Store, in_store: Blocking, clock: Clock) -> None:
         self._fleet, self._store, self._in_store, self._clock = fleet, store, in_store, clock
         self._nodes: dict[str, _Heard] = {}
-        self._expected: frozenset[str] = frozenset()
+        self._expected: dict[str, float] = {}
+        self.counted = False
         self._cordons: dict[str, CordonRow] = {}
         self._unsaved: list[CordonRow] = []
         self._xids: dict[str, deque[XidEvent]] = {}
         self._counts: Counter[tuple[str, int]] = Counter()
-        self._fatal: dict[str, dict[tuple[str, str], float]] = {}
+        self._fatal: dict[str, dict[str, float]] = {}
+        self._unsaved_fatal: list[FatalErrorRow] = []
         self._lock = asyncio.Lock()
 
     async def load(self) -> None:
-        """Take up the cordons that were saved. Raises `StoreError`."""
+        """Take up the cordons and fatal errors that were saved. Raises `StoreError`."""
         self._cordons = {row.uuid: row for row in await self._in_store(self._store.cordons)}
+        since = self._clock.unix() - FATAL_WINDOW_S
+        for row in await self._in_store(self._store.fatal_gpu_errors, since):
+            self._fatal.setdefault(row.uuid, {})[row.replica] = row.at
 
     # What agents and replicas say.
 
-    def expect(self, nodes: Collection[str]) -> None:
-        """These nodes have GPUs, Ray says."""
-        self._expected = frozenset(nodes)
+    def expect(self, nodes: Mapping[str, float]) -> None:
+        """So many GPUs these nodes have, Ray says."""
+        self._expected, self.counted = dict(nodes), True
+
+    @property
+    def counted_by_ray(self) -> Mapping[str, float]:
+        """What Ray counts of GPUs, by node."""
+        return self._expected
 
     async def report(self, raw: Mapping[str, Any]) -> None:
         """Take a node's report: `NodeReport.to_dict`. Raises `StoreError`.
@@ -114,22 +128,26 @@ class Gpus:
 
     def heard(self, info: Mapping[str, Any]) -> None:
         """A replica's announcement: one with a fatal CUDA error counts against its GPU."""
-        uuid = info.get("gpu")
-        if not (uuid and info.get("fatal")):
+        if not (info.get("gpu") and info.get("fatal")):
             return
-        now = self._clock.monotonic()
-        found = self._fatal.get(str(uuid), {})
-        found = {key: at for key, at in found.items() if now - at <= FATAL_WINDOW_S}
+        uuid, replica, now = str(info["gpu"]), str(info["replica"]), self._clock.unix()
+        found = self._fatal.get(uuid, {})
+        found = {name: at for name, at in found.items() if now - at <= FATAL_WINDOW_S}
         # A replica ends after its first one, but may say so more than once.
-        found.setdefault((str(info["app"]), str(info["replica"])), now)
-        self._fatal[str(uuid)] = found
+        if replica not in found:
+            found[replica] = now
+            self._unsaved_fatal.append(FatalErrorRow(uuid, replica, now))
+        self._fatal[uuid] = found
         if len(found) >= FATAL_LIMIT:
             why = f"{len(found)} fatal CUDA errors within an hour, the last one: {info['fatal']}"
-            self._cordon_by_itself(str(uuid), why)
+            self._cordon_by_itself(uuid, why)
 
     async def flush(self) -> None:
-        """Store the cordons of the controller's own. Raises `StoreError`; then they are due yet."""
-        if self._unsaved:
+        """Store the cordons of the controller's own, and what may lead to some.
+
+        Raises `StoreError`; then they are due yet.
+        """
+        if self._unsaved or self._unsaved_fatal:
             async with self._lock:
                 await self._save_own()
 
@@ -153,7 +171,13 @@ class Gpus:
         self._unsaved.append(row)
 
     async def _save_own(self) -> None:
+        if errors := list(self._unsaved_fatal):
+            since = self._clock.unix() - FATAL_WINDOW_S
+            await self._in_store(self._store.save_fatal_gpu_errors, errors, since)
+            del self._unsaved_fatal[: len(errors)]
         rows = list(self._unsaved)
+        if not rows:
+            return
         entries = [_entry("cordon", row) for row in rows]
         await self._in_store(self._store.save_cordons, rows, [], entries)
         del self._unsaved[: len(rows)]
@@ -230,7 +254,7 @@ class Gpus:
             report, age = heard.report, now - heard.at
             problem = report.problem or (_silence(age) if age > STALE_S else "")
             found.append(Node(report.node, report.host, report.driver, age, problem))
-        unheard = self._expected - {heard.report.node for heard in present}
+        unheard = self._expected.keys() - {heard.report.node for heard in present}
         missing = "Ray counts GPUs here, but no agent has reported them"
         return found + [Node(node, "", None, None, missing) for node in sorted(unheard)]
 

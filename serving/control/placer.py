@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Final
 
 from serving.control.gpu_demands import (
@@ -18,6 +20,7 @@ from serving.control.gpu_demands import (
     claims,
     demand_of,
     devices,
+    seat_on,
     wants_gpu,
 )
 from serving.control.gpus import Standing
@@ -29,8 +32,12 @@ from serving.core.memory_profile import MemoryProfile
 from serving.core.placement import Demand, Device, Placement
 from serving.core.plan import AppSpec
 from serving.core.replica import GpuLease
+from serving.core.seats import Seat
 from serving.errors import ConflictError, Unavailable
 from serving.store.sql import ProfileRow
+
+UNHEARD_PATIENCE_S: Final = 15.0
+"""How long applications wait for the first report of GPUs that Ray counts."""
 
 _HINT: Final = (
     "nothing was changed; stop something, lower replicas or batching.max_size, or set device: cpu"
@@ -57,10 +64,101 @@ class Placer:
         self._standings, self._unheard = standings, unheard
         self._needs, self._clock, self._new_id = needs, clock, new_id
         self._unsaved: set[str] = set()
+        self._unheard_since: float | None = None
+        # Replicas that applications are to have beside those asked for, while some move.
+        self.extra: Mapping[str, int] = {}
+        # Why replicas of an application stay on a cordoned GPU.
+        self.stays: Mapping[str, str] = {}
 
     def devices(self) -> list[Device]:
         """What replicas can be placed on."""
         return devices(self._standings(), self.book.leases)
+
+    # Where something starts.
+
+    def seating(
+        self,
+        apps: Sequence[AppSpec],
+        state: State,
+        records: Sequence[Record],
+        ray_gpus: Mapping[str, float],
+    ) -> dict[str, tuple[Seat, ...] | None]:
+        """Which of `apps` may start now, by name, with the seats of those that go to GPUs.
+
+        Who wants a GPU waits a little for those that were never heard of. `ray_gpus` is what Ray
+        counts, by node.
+        """
+        found = self.devices()
+        there_are_any = bool(found or ray_gpus)
+        wanting = [a for a in apps if wants_gpu(a.replica, there_are_any=there_are_any)]
+        if not there_are_any:
+            wanting = []
+        if wanting and self._waits_for_gpus():
+            return {a.name: None for a in apps if a not in wanting}
+        seats: dict[str, tuple[Seat, ...] | None] = dict.fromkeys(a.name for a in apps)
+        for app in wanting:
+            numbers = range(app.count)
+            seats[app.name] = self.new_seats(app, numbers, state, records, ray_gpus)
+        return seats
+
+    def new_seats(
+        self,
+        app: AppSpec,
+        numbers: Sequence[int],
+        state: State,
+        records: Sequence[Record],
+        ray_gpus: Mapping[str, float],
+    ) -> tuple[Seat, ...]:
+        """Seats with these numbers, on the nodes that are planned for what `app` has too few."""
+        found, waves = self.devices(), claims(state, records)
+        need = self._needs_of(waves, found).get(app.name)
+        # The last ones: who is starting has yet to take the first.
+        planned = self._planned(app, found, waves)[-len(numbers) :]
+        on_node = Counter(d.node for d in found)
+        return tuple(
+            seat_on(device, number, need, ray_gpus.get(device.node), on_node[device.node])
+            if device is not None and need is not None
+            else Seat(number)
+            for number, device in zip_longest(numbers, planned)
+        )
+
+    def wanted_nodes(self, app: AppSpec, state: State, records: Sequence[Record]) -> frozenset[str]:
+        """The nodes that are planned for the replicas that have no lease yet."""
+        planned = self._planned(app, self.devices(), claims(state, records))
+        return frozenset(device.node for device in planned)
+
+    def _planned(
+        self, app: AppSpec, found: Sequence[Device], waves: Sequence[Sequence[Claim]]
+    ) -> list[Device]:
+        placed = self.book.plan(found, self._demands(waves, self._needs_of(waves, found)))
+        held = sum(lease.app == app.name for lease in self.book.leases)
+        by_uuid = {d.uuid: d for d in found}
+        return [by_uuid[uuid] for uuid in placed.slots.get(app.name, ())[held:]]
+
+    def room(
+        self, app: AppSpec, have: int, more: int, state: State, records: Sequence[Record]
+    ) -> tuple[int, str]:
+        """How many of `more` replicas fit beside the `have` extra ones; why not all, or ""."""
+        found, waves = self.devices(), claims(state, records)
+        needs, refused = self._needs_of(waves, found), ""
+        if app.name not in needs:
+            return 0, "it runs on no GPU that is known"
+        for fits in range(more, 0, -1):
+            demands = self._demands(waves, needs, {**self.extra, app.name: have + fits})
+            placed = self.book.plan(found, demands)
+            if app.name not in placed.refused:
+                return fits, refused
+            refused = placed.refused[app.name]
+        return 0, refused
+
+    def _waits_for_gpus(self) -> bool:
+        if not self._unheard():
+            self._unheard_since = None
+            return False
+        now = self._clock.monotonic()
+        if self._unheard_since is None:
+            self._unheard_since = now
+        return now - self._unheard_since < UNHEARD_PATIENCE_S
 
     # Before something starts.
 
@@ -103,7 +201,7 @@ class Placer:
         if not found:
             return None
         waves = claims(state, records)
-        demands = _demands(waves, self._needs_of(waves, found))
+        demands = self._demands(waves, self._needs_of(waves, found))
         return self.book.plan(found, demands).refused.get(app)
 
     def _view(
@@ -111,7 +209,7 @@ class Placer:
     ) -> dict[str, Any]:
         found = self.devices()
         needs = self._needs_of(waves, found)
-        demands = _demands(waves, needs)
+        demands = self._demands(waves, needs)
         placed = self.book.plan(found, demands, without=gone)
         if not found:
             placed = Placement(placed.slots)
@@ -165,6 +263,7 @@ class Placer:
                 for i, gpu in enumerate(slots)
             ],
             "refused": placed.refused.get(app.name),
+            "stays": self.stays.get(app.name),
         }
 
     # What replicas ask for.
@@ -196,7 +295,7 @@ class Placer:
         lease = self.book.lease(
             Applicant(app, replica, node, pid, self._new_id()),
             found,
-            _demands(waves, needs),
+            self._demands(waves, needs),
             estimated=needs[app].estimated,
             now=self._clock.monotonic(),
             unix=self._clock.unix(),
@@ -249,6 +348,22 @@ class Placer:
                 if not need.estimated:
                     self.book.measured(app, need.bytes)
 
+    def _demands(
+        self,
+        waves: Sequence[Sequence[Claim]],
+        needs: Mapping[str, Need],
+        extra: Mapping[str, int] | None = None,
+    ) -> list[list[Demand]]:
+        more = self.extra if extra is None else extra
+        return [
+            [
+                demand_of(c, needs[c.app.name], more.get(c.app.name, 0))
+                for c in wave
+                if c.app.name in needs
+            ]
+            for wave in waves
+        ]
+
     def _needs_of(
         self, waves: Sequence[Sequence[Claim]], found: Sequence[Device]
     ) -> dict[str, Need]:
@@ -259,12 +374,6 @@ class Placer:
             for c in wave
             if wants_gpu(c.app.replica, there_are_any=bool(found))
         }
-
-
-def _demands(waves: Sequence[Sequence[Claim]], needs: Mapping[str, Need]) -> list[list[Demand]]:
-    return [
-        [demand_of(c, needs[c.app.name]) for c in wave if c.app.name in needs] for wave in waves
-    ]
 
 
 def sentence(row: Mapping[str, Any]) -> str:

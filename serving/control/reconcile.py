@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
@@ -29,6 +29,7 @@ from serving.core.plan import (
     route_table,
 )
 from serving.core.routing import Arm, Endpoint, RouteTable
+from serving.core.seats import Seat
 from serving.store.audit import AuditEntry
 from serving.store.sql import PinRow, RolloutRow, Store
 
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Overlay = Callable[[RouteTable], RouteTable]
+Seating = Callable[[Sequence[AppSpec]], Mapping[str, Sequence[Seat] | None]]
 Outcome = Literal["converging", "converged", "failed"]
 
 
@@ -95,6 +97,10 @@ class Reconciler:
         self.settled = False
         self.lock = asyncio.Lock()
         self.overlay: Overlay = lambda table: table
+        # Who may start now, with the seats of those that have some.
+        self.seating: Seating = lambda apps: dict.fromkeys(app.name for app in apps)
+        # Seats that are leaving: nobody is sent there any more.
+        self.leaving: Collection[str] = ()
         # What a replica costs, in USD an hour.
         self.price: Callable[[str], float | None] = lambda _: None
         self.endpoints: Mapping[str, tuple[Endpoint, ...]] = _published(state, board.table)
@@ -125,10 +131,15 @@ class Reconciler:
         """See who is there now. Needs no Serve, so that a stuck one stops no replacement."""
         current = self.state.desired.apps() | self.state.routed.apps()
         self._specs = {n: a for n, a in self._specs.items() if n in self.apps} | current
-        wanted = {name: self.state.wanted(app) for name, app in self._specs.items()}
+        wanted = {name: self._expected(app) for name, app in self._specs.items()}
         self.fleet.expire(self._clock.monotonic(), wanted)
         names = {*self.apps, *current}
-        self.endpoints = {name: self.fleet.endpoints(name) for name in names}
+        self.endpoints = {name: self.fleet.endpoints(name, self.leaving) for name in names}
+
+    def _expected(self, app: AppSpec) -> int:
+        """How many replicas may be ready: more than are wanted while some move."""
+        status = self.apps.get(app.name)
+        return max(self.state.wanted(app), len(status.seats) if status is not None else 0)
 
     async def publish(self) -> None:
         """Publish who is there. The caller holds `lock`. Raises `StoreError`."""
@@ -220,7 +231,9 @@ class Reconciler:
         names = {*self.apps, *self.state.desired.apps(), *self.state.routed.apps()}
         seen = {}
         for name in names:
-            status = self.apps.get(name, AppStatus(Phase.ABSENT, "", unix))
+            absent = Phase.RUNNING if self.state.scaled.get(name) == 0 else Phase.ABSENT
+            # Without replicas one that runs on GPUs is nothing to Serve.
+            status = self.apps.get(name, AppStatus(absent, "", unix))
             error = self.fleet.error(name)
             if status.phase is Phase.FAILED:
                 error = error or status.message
@@ -245,12 +258,15 @@ class Reconciler:
         await self.commit(after, event=event)
         await self._tell_given_up(before)
 
-    async def _start(self, apps: Sequence[AppSpec]) -> None:
+    async def _start(self, starting: Sequence[AppSpec]) -> None:
+        seats = self.seating(starting)
+        apps = [app for app in starting if app.name in seats]
         if apps:
             names = [app.name for app in apps]
             log.info("starting %s", ", ".join(names))
             await self._event("start", apps=names)
-            await self._give_up(await self._in_cluster(self._cluster.start, apps))
+            own = {name: of for name, of in seats.items() if of is not None}
+            await self._give_up(await self._in_cluster(self._cluster.start, apps, own))
 
     async def _scale(self) -> None:
         """Tell Serve how many replicas its applications are to have, where that has changed.
@@ -258,7 +274,8 @@ class Reconciler:
         Serve keeps what it is told; after a restart of this process it is told once more.
         """
         there = (Phase.STARTING, Phase.RUNNING)
-        running = {name for name, app in self.apps.items() if app.phase in there}
+        # Seats come and go by moves.
+        running = {n for n, app in self.apps.items() if app.phase in there and not app.seats}
         self._told = {name: n for name, n in self._told.items() if name in running}
         wanted = {
             name: self.state.wanted(app)

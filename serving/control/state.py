@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from serving.control.notices import Notice
 from serving.core.plan import AppSpec, Layout, Phase
 from serving.core.rollout_types import Hook, ProviderState, Rollout
+from serving.core.seats import Seat
 from serving.core.types import Signature
 
 
@@ -74,11 +75,15 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class AppStatus:
-    """What Serve says of one application. `since` is Unix time of its deployment."""
+    """What Serve says of one application. `since` is Unix time of its deployment.
+
+    `seats` has the phase of each of its seats, and is empty for an application without.
+    """
 
     phase: Phase
     message: str
     since: float
+    seats: Mapping[str, Phase] = field(default_factory=dict)
 
 
 class Cluster(Protocol):
@@ -87,10 +92,11 @@ class Cluster(Protocol):
     def observe(self) -> dict[str, AppStatus]:
         """The model applications that exist."""
 
-    def start(self, apps: Sequence[AppSpec]) -> dict[str, str]:
+    def start(self, apps: Sequence[AppSpec], seats: Mapping[str, Sequence[Seat]]) -> dict[str, str]:
         """Start applications that do not exist yet, without waiting for them.
 
-        Gives the names of those that can never start, with the reason.
+        Those that `seats` names get these, which may be more seats for one that exists. Gives the
+        names of those that can never start, with the reason.
         """
 
     def scale(self, counts: Mapping[str, int]) -> None:
@@ -100,7 +106,7 @@ class Cluster(Protocol):
         """
 
     def delete(self, names: Sequence[str]) -> None:
-        """Delete applications: their replicas finish what they have, then go."""
+        """Delete applications or seats: their replicas finish what they have, then go."""
 
 
 @dataclass(frozen=True, slots=True)

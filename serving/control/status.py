@@ -198,6 +198,8 @@ def _last_error(controller: Controller, app: AppSpec) -> str:
     seen = controller.reconciler.apps.get(app.name)
     if not found and seen is not None and seen.phase in (Phase.FAILED, Phase.RUNNING):
         found = seen.message
+    if not found and (why := controller.placer.stays.get(app.name)):
+        found = f"it stays on a cordoned GPU: {why}"
     return found
 
 

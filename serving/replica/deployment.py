@@ -48,7 +48,8 @@ class ModelReplica:
 
     async def __init__(self, spec: Mapping[str, Any]) -> None:  # type: ignore[misc]
         self._spec = ReplicaSpec.from_dict(spec)
-        self._replica = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._replica, self._seat = context.replica_id.unique_id, context.app_name
         self._node = ray.get_runtime_context().get_node_id()
         self._state, self._error, self._load_s = "ready", None, 0.0
         self._started = time.monotonic()
@@ -160,6 +161,7 @@ class ModelReplica:
         return {
             "replica": self._replica,
             "app": self._spec.app,
+            "seat": self._seat,
             "model": self._spec.model,
             "version": self._spec.version,
             "digest": self._spec.digest,

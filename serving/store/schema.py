@@ -132,6 +132,16 @@ gpu_cordons: Final = Table(
     Column("at", Double, nullable=False),
 )
 
+# Replicas that a fatal error of a GPU has ended within the last hour.
+gpu_fatal_errors: Final = Table(
+    "gpu_fatal_errors",
+    metadata,
+    Column("uuid", Text, nullable=False),
+    Column("replica", Text, nullable=False),
+    Column("at", Double, nullable=False),
+    PrimaryKeyConstraint("uuid", "replica"),
+)
+
 # What a bundle was measured to take; `ceiling` is the most rows that it was seen to fit, if any.
 memory_profiles: Final = Table(
     "memory_profiles",

@@ -14,8 +14,10 @@ from sqlalchemy import Connection, Engine, Table, delete, func, insert, select
 from serving.errors import ConflictError, StoreError
 from serving.store import audit as audit_log
 from serving.store import engine as engines
+from serving.store import gpu_errors
 from serving.store import ledger as ledger_rows
 from serving.store.audit import AuditEntry, AuditRow, Head
+from serving.store.gpu_errors import FatalErrorRow
 from serving.store.ledger import LedgerRow
 from serving.store.schema import (
     counters,
@@ -254,7 +256,18 @@ class Store:
             for row in rows:
                 upsert(db, gpu_cordons, asdict(row))
             db.execute(delete(gpu_cordons).where(gpu_cordons.c.uuid.in_(lifted)))
+            gpu_errors.forget(db, lifted)
             audit_log.append(db, audit)
+
+    def fatal_gpu_errors(self, since: float) -> list[FatalErrorRow]:
+        """Those that are not older than `since`, oldest first."""
+        with self._read() as db:
+            return gpu_errors.read(db, since)
+
+    def save_fatal_gpu_errors(self, rows: Sequence[FatalErrorRow], since: float) -> None:
+        """Add errors, and drop those that are older than `since`."""
+        with self._write() as db:
+            gpu_errors.save(db, rows, since)
 
     def memory_profiles(self) -> list[ProfileRow]:
         """What every bundle was measured to take."""

@@ -133,6 +133,22 @@ def test_watching_repeats_until_interrupted(url: str, tmp_path: Path, as_json: b
         assert [len(json.loads(line)["gpus"]) for line in found] == [3, 3]
 
 
+def test_watching_ends_with_one_sentence_when_the_controller_goes_away(tmp_path: Path) -> None:
+    env = {**os.environ, "SERVING_HOME": str(tmp_path)}
+    with admin_api(tmp_path, {}, [REPORT]) as port:
+        url = f"http://127.0.0.1:{port}"
+        command = [*SERVING, "gpus", "--watch", "--json", "--url", url]
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["gpus"]
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert told.startswith(f"error: the controller has gone away: no controller answers at {url}")
+    assert told.count("\n") == 1
+
+
 def test_no_gpu_is_said_plainly(tmp_path: Path) -> None:
     problem = NodeReport("n2", "host-2", problem="NVML does not start: Driver Not Loaded").to_dict()
     with admin_api(tmp_path, {}, [problem]) as port:

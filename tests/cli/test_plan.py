@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from serving.cli.plan_render import placement_view
+from serving.cli.render import show_view
 from serving.core.gpus import Gpu, GpuSample, NodeReport
 from tests.cli.admin import admin_api
 from tests.e2e.deployment import serving
@@ -108,3 +110,21 @@ def test_without_gpus_the_plan_says_so(tmp_path: Path) -> None:
         done = ran(f"http://127.0.0.1:{port}", tmp_path, "plan")
     assert done.returncode == 0
     assert "no GPU is known: nothing is placed by memory" in done.stdout
+
+
+def test_who_stays_on_a_cordoned_gpu_is_shown_with_the_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    why = "needs 20.0 GiB; the largest free is 4.0 GiB on GPU-b (1 cordoned)"
+    row = {
+        "model": "m", "version": "1", "new": False, "replicas": 1, "bytes": 20 << 30,
+        "basis": "", "estimated": False, "slots": [], "refused": None, "stays": why,
+    }  # fmt: skip
+    gpu = {
+        "uuid": "GPU-a", "type": "L4", "cordoned": True, "throttled": False,
+        **dict.fromkeys(
+            ["memory_bytes", "leased_bytes", "planned_bytes", "others_bytes", "free_bytes"], 0
+        ),
+    }  # fmt: skip
+    show_view(placement_view({"models": [row], "gpus": [gpu]}))
+    assert f"m version 1 stays on a cordoned GPU: {why}" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from typing import Any
 
 from serving.control.controller import Controller
 from serving.core.gpus import Gpu, GpuProcess, GpuSample, NodeReport, XidEvent
+from serving.errors import DeviceError, Unavailable
 from tests.control.rollout_world import RolloutWorld
 
 GIB = 1 << 30
@@ -82,8 +83,19 @@ class GpuWorld(RolloutWorld):
     def announce(self, controller: Controller) -> None:
         for info in self.cluster.announcements():
             replica = info["replica"]
+            if info["state"] == "draining":
+                controller.announce(info)
+                controller.placer.book.release(replica)
+                self.held.pop(replica, None)
+                continue
             if replica not in self.held:
-                lease = controller.lease_gpu(info["app"], replica, "node", info["pid"])
+                try:
+                    lease = controller.lease_gpu(info["app"], replica, info["node"], info["pid"])
+                except Unavailable:
+                    continue
+                except DeviceError as error:
+                    controller.announce({**info, "state": "failed", "error": str(error)})
+                    continue
                 self.held[replica] = lease or {}
             lease = self.held[replica]
             gpu = {"gpu": lease.get("uuid"), "lease_bytes": lease.get("bytes")}

@@ -63,7 +63,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def view(controller: Controller) -> dict[str, Any]:
-    return gpus_view(controller.gpus, controller.ledger.gpu_price)
+    return gpus_view(controller.gpus, controller.ledger.gpu_price, controller.placer.stays)
 
 
 def rows(controller: Controller) -> dict[str, dict[str, Any]]:
@@ -137,10 +137,10 @@ def test_old_measurements_are_not_believed(world: World) -> None:
         gpu = rows(controller)[A.uuid]
         assert (gpu["health"], gpu["sample"], gpu["memory"]["used"]) == ("unknown", None, None)
         assert gpu["reasons"] == ["its node's agent was last heard 6 s ago"]
-        controller.gpus.expect(["n1"])
+        controller.gpus.expect({"n1": 1.0})
         world.monotonic += FORGET_S
         assert len(rows(controller)) == 2
-        controller.gpus.expect([])
+        controller.gpus.expect({})
         assert rows(controller) == {}
 
     run(scenario())
@@ -149,7 +149,7 @@ def test_old_measurements_are_not_believed(world: World) -> None:
 def test_an_agent_with_a_problem_and_one_that_never_spoke_are_named(world: World) -> None:
     async def scenario() -> None:
         controller = await world.controller()
-        controller.gpus.expect(["n1", "n2"])
+        controller.gpus.expect({"n1": 1.0, "n2": 1.0})
         await controller.gpus.report(report((A, SAMPLE), problem="NVML has not answered"))
         nodes = view(controller)["nodes"]
         assert [(n["node"], n["problem"]) for n in nodes] == [
@@ -252,6 +252,33 @@ def test_two_fatal_cuda_errors_cordon_and_one_does_not(world: World) -> None:
             A.uuid: "2 fatal CUDA errors within an hour, the last one: "
             "CUDA error: an illegal memory access"
         }
+
+    run(scenario())
+
+
+def test_a_fatal_cuda_error_is_remembered_by_the_next_controller(world: World) -> None:
+    async def scenario() -> None:
+        controller = await world.controller()
+        await world.apply(controller, {"m": {"version": "1"}})
+        await world.settle(controller)
+        (info,) = world.cluster.announcements()
+
+        async def fail(replica: str) -> None:
+            why = {"gpu": A.uuid, "fatal": "CUDA error"}
+            controller.announce({**info, **why, "replica": replica, "state": "failed"})
+            await controller.watch()
+
+        await fail("r1")
+        controller = await world.controller()
+        await controller.gpus.report(both())
+        await fail("r1")
+        assert reasons(world) == {}, "it is the same one"
+        await fail("r2")
+        assert list(reasons(world)) == [A.uuid]
+        await controller.gpus.uncordon(A.uuid, actor="alice", reason="")
+        controller = await world.controller()
+        await fail("r3")
+        assert reasons(world) == {}, "what was held against it is forgotten"
 
     run(scenario())
 

@@ -274,12 +274,26 @@ def test_without_gpus_everything_is_as_it_was(world: GpuWorld) -> None:
     run(scenario())
 
 
+def test_a_replica_waits_until_ray_has_said_which_nodes_have_gpus(world: GpuWorld) -> None:
+    async def scenario() -> None:
+        await world.begin({"m": {"version": "1"}})
+        controller = await world.controller()
+        # As it is just after its start.
+        controller.gpus.counted = False
+        await world.seconds(controller, 10)
+        app = next(iter(names(controller)))
+        with pytest.raises(Unavailable, match="Ray has not said yet which nodes have GPUs"):
+            controller.lease_gpu(app, "another", "node", 7)
+
+    run(scenario())
+
+
 def test_a_replica_waits_until_the_gpus_are_known(world: GpuWorld) -> None:
     async def scenario() -> None:
         world.gpus = []
         controller = await world.begin({"m": {"version": "1"}})
         app = next(iter(names(controller)))
-        controller.gpus.expect(["node"])
+        controller.gpus.expect({"node": 1.0})
         with pytest.raises(Unavailable, match="the GPUs of node are not known yet"):
             controller.lease_gpu(app, "another", "node", 7)
 

@@ -14,6 +14,7 @@ from serving.control.reconcile import Clock
 from serving.control.state import AppStatus, NoProviders, Resolved
 from serving.core.plan import AppSpec, Phase
 from serving.core.rollout_types import Hook, ProviderState, Rollout
+from serving.core.seats import Seat, app_of, number_of, seat_name
 from serving.core.types import Batch, Signature, TensorSpec
 from serving.errors import RegistryError
 from serving.store.sql import Store, open_store
@@ -29,11 +30,11 @@ class Crash(BaseException):
 
 @dataclass
 class FakeCluster:
-    """Applications that become ready when `announce` says so.
+    """Applications that become ready when `announce` says so, in seats where they have some.
 
     Versions that are `broken` fail at their start, those that are `refused` are never started,
-    those that are `silent` say nothing any more. `generation` counts how often replicas of a
-    version were replaced.
+    those that are `silent` say nothing any more, replicas of `slow` seats are not ready yet.
+    `generation` counts how often replicas of a version were replaced.
     """
 
     apps: dict[str, AppSpec] = field(default_factory=dict)
@@ -46,16 +47,29 @@ class FakeCluster:
     deleted: list[str] = field(default_factory=list)
     scaled: list[tuple[str, int]] = field(default_factory=list)
     now: float = 1000.0
+    seats: dict[str, dict[str, Seat]] = field(default_factory=dict)
+    slow: set[str] = field(default_factory=set)
+    ended: list[dict[str, Any]] = field(default_factory=list)
 
     def observe(self) -> dict[str, AppStatus]:
-        return {name: AppStatus(phase, "", 1000.0) for name, phase in self.phases.items()}
+        return {
+            name: AppStatus(phase, "", 1000.0, dict.fromkeys(self.seats.get(name, ()), phase))
+            for name, phase in self.phases.items()
+        }
 
-    def start(self, apps: Sequence[AppSpec]) -> dict[str, str]:
+    def start(self, apps: Sequence[AppSpec], seats: Mapping[str, Sequence[Seat]]) -> dict[str, str]:
         refused = {a.name: "never" for a in apps if a.replica.version in self.refused}
         for app in (a for a in apps if a.name not in refused):
-            assert app.name not in self.phases, f"{app.name} runs already: this would roll it"
-            self.apps[app.name], self.phases[app.name] = app, Phase.STARTING
-            self.started.append(app.name)
+            own = {seat_name(app.name, s.number): s for s in seats.get(app.name, ())}
+            there = self.seats.get(app.name, {})
+            if own and app.name in self.phases:
+                assert not own.keys() & there.keys(), "a seat runs already: this would roll it"
+            else:
+                assert app.name not in self.phases, f"{app.name} runs already: this would roll it"
+                self.apps[app.name], self.phases[app.name] = app, Phase.STARTING
+                self.started.append(app.name)
+                there = {}
+            self.seats[app.name] = {**there, **own}
         return refused
 
     def scale(self, counts: Mapping[str, int]) -> None:
@@ -66,12 +80,21 @@ class FakeCluster:
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:
-            self.phases.pop(name, None)
+            app = app_of(name)
+            if app == name:
+                self.phases.pop(name, None)
+            elif self.seats[app].pop(name, None) is not None:
+                self.ended.append(self._of_seat(self.apps[app], name, "draining"))
             self.deleted.append(name)
+
+    def _of_seat(self, app: AppSpec, seat: str, state: str) -> dict[str, Any]:
+        number = number_of(seat) + 100 * self.generation.get(app.replica.version, 0)
+        place = self.seats[app.name].get(seat, Seat(0)).node or "node"
+        return {**announcement(app, number, state=state), "seat": seat, "node": place}
 
     def announcements(self) -> list[dict[str, Any]]:
         """What the replicas of everything that runs say now."""
-        found = []
+        found, self.ended = self.ended, []
         for name in self.phases:
             app = self.apps[name]
             if app.replica.version in self.silent:
@@ -80,10 +103,11 @@ class FakeCluster:
             failed = app.replica.version in self.broken
             if not failed:
                 self.phases[name] = Phase.RUNNING
-            found += [
-                announcement(app, first + i, state="failed" if failed else "ready")
-                for i in range(app.count)
-            ]
+            state = "failed" if failed else "ready"
+            if seats := self.seats.get(name):
+                found += [self._of_seat(app, s, state) for s in seats if s not in self.slow]
+            else:
+                found += [announcement(app, first + i, state=state) for i in range(app.count)]
         return found
 
 
@@ -208,6 +232,7 @@ class World:
             providers=lambda _: wrap(self.providers, "providers"),
         )
         await controller.load()
+        controller.gpus.expect({})
         controller.board = controller.reconciler.board = wrap(controller.board, "board")
         return controller
 

@@ -74,8 +74,11 @@ def free_port() -> int:
 class Deployment:
     """`with Deployment(home, {"mlp": {…}}) as d:` serves those models and stops in the end."""
 
-    def __init__(self, home: Path, models: dict[str, Any], **sections: Any) -> None:
+    def __init__(
+        self, home: Path, models: dict[str, Any], command: Sequence[str] = SERVING, **sections: Any
+    ) -> None:
         self.home = home
+        self.command = command
         self.port, self.control_port = free_port(), free_port()
         self.config = {
             **sections,
@@ -90,7 +93,7 @@ class Deployment:
         self.write(self.config["models"])
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*SERVING, "up", "-f", str(self.file)],
+                [*self.command, "up", "-f", str(self.file)],
                 env={**os.environ, "SERVING_HOME": str(self.home)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
