@@ -35,6 +35,11 @@ class ScaledWorld(GpuWorld):
         for info in found:
             same = sum(other["app"] == info["app"] for other in found)
             replica = info["replica"]
+            if info["state"] == "draining":
+                controller.announce(info)
+                controller.placer.book.release(replica)
+                self.held.pop(replica, None)
+                continue
             self.up_ns[replica] += 10**9
             self.ran_ns[replica] += int(min(1.0, self.busy.get(info["version"], 0.0) / same) * 1e9)
             usage = dict.fromkeys(("padding_ns", "failed_ns", "warmup_ns"), 0)
@@ -262,6 +267,47 @@ def test_no_more_replicas_than_gpus_have_room_for(tmp_path: Path) -> None:
             "no room for 3: needs 10.0 GiB as gpu_memory_bytes says" in found["scaling"]["reason"]
         )
         assert (await entries(controller)) == [(1, 2)]
+
+    run(scenario())
+
+
+def test_on_gpus_seats_come_and_go_one_by_one(tmp_path: Path) -> None:
+    world = ScaledWorld(tmp_path, gpus=[FakeGpu("GPU-a"), FakeGpu("GPU-b")])
+    scaling = {"min": 0, "max": 4, "scale_down_after": "5s", "idle_to_zero_after": "5s"}
+
+    async def scenario() -> None:
+        settings = {"gpu_memory_bytes": 10 * GIB, "scaling": scaling}
+        controller = await world.begin({"m": {"version": "1", **settings}})
+        [app] = world.cluster.started
+        world.busy["1"] = 1.3
+        await world.seconds(controller, 12)
+        assert (shown(controller)["wanted"], shown(controller)["ready"]) == (2, 2)
+        assert len(world.cluster.seats[app]) == 2
+        world.busy["1"] = 0.1
+        await world.seconds(controller, 20)
+        assert (shown(controller)["wanted"], shown(controller)["ready"]) == (1, 1)
+        assert list(world.cluster.seats[app]) == [f"{app}.0"]
+        assert world.cluster.deleted == [f"{app}.1"]
+
+        world.busy["1"] = 0.0
+        world.traffic.requests_s = 0
+        await world.seconds(controller, 20)
+        assert shown(controller)["state"] == "asleep"
+        assert not world.cluster.seats[app]
+        assert world.held == {}
+        # Serve knows nothing of it any more, and it stays asleep.
+        assert not world.cluster.phases
+        await world.seconds(controller, 3)
+        assert shown(controller)["state"] == "asleep"
+        assert world.cluster.started == [app]
+
+        controller.report(asleep(2, controller.board.revision))
+        await controller.step(look=False)
+        await world.seconds(controller, 2)
+        assert (shown(controller)["state"], shown(controller)["ready"]) == ("ready", 1)
+        assert world.cluster.started == [app, app]
+        # Serve is never told of a number: each seat is an application of its own.
+        assert world.cluster.scaled == []
 
     run(scenario())
 

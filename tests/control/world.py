@@ -85,6 +85,8 @@ class FakeCluster:
                 self.phases.pop(name, None)
             elif self.seats[app].pop(name, None) is not None:
                 self.ended.append(self._of_seat(self.apps[app], name, "draining"))
+                if not self.seats[app]:
+                    del self.phases[app]
             self.deleted.append(name)
 
     def _of_seat(self, app: AppSpec, seat: str, state: str) -> dict[str, Any]:
