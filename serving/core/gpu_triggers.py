@@ -52,10 +52,18 @@ def gpu_health(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdic
 
     An XID error of a program blames the version where nobody else was on the GPU. On a GPU that it
     shares, and for a fatal CUDA error, any one may have had bad luck; not on several. What happened
-    on a GPU whose hardware failed says nothing of the version.
+    on a GPU whose hardware failed says nothing of the version, unless it is the hardware of several
+    under the canary, and of none under stable alone.
     """
     incidents = [i for i in snapshot.incidents if i.arm == "canary"]
-    broken = {i.gpu for i in incidents if i.kind is IncidentKind.HARDWARE}
+    hardware = [i for i in incidents if i.kind is IncidentKind.HARDWARE]
+    under_stable = {
+        i.gpu for i in snapshot.incidents if i.arm == "stable" and i.kind is IncidentKind.HARDWARE
+    }
+    broken = {i.gpu for i in hardware}
+    if len(broken - under_stable) >= trigger.failures and under_stable <= broken:
+        what = f"{_listed(hardware)}: the hardware of {len(broken)} GPUs under the canary"
+        return verdict(trigger, Outcome.FAIL, f"{what}, {trigger.failures} are too many: fails")
     broken |= {g.gpu for g in snapshot.gpus if g.ill}
     its_own = [i for i in incidents if i.kind in _PROGRAMS and i.gpu not in broken]
     proven = [i for i in its_own if i.kind is IncidentKind.APPLICATION and i.alone]

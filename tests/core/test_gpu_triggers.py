@@ -71,7 +71,23 @@ def gpu(
             "hold",
             "GPU-a: XID 79 (GPU has fallen off the bus), which is the GPU's",
         ),
-        ((gpu(HARDWARE), gpu(HARDWARE, "GPU-b")), "hold", "which is the GPU's fault"),
+        ((gpu(HARDWARE), gpu(HARDWARE)), "hold", "which is the GPU's fault"),
+        (
+            (gpu(HARDWARE), gpu(HARDWARE, "GPU-b")),
+            "fail",
+            "the hardware of 2 GPUs under the canary, 2 are too many",
+        ),
+        # Shared with stable, or at the same time under stable alone: it is not the version.
+        (
+            (gpu(HARDWARE), gpu(HARDWARE, "GPU-b"), gpu(HARDWARE, arm="stable")),
+            "hold",
+            "which is the GPU's fault",
+        ),
+        (
+            (gpu(HARDWARE), gpu(HARDWARE, "GPU-b"), gpu(HARDWARE, "GPU-c", arm="stable")),
+            "hold",
+            "which is the GPU's fault",
+        ),
         # What its hardware's failure entails says nothing of the version.
         ((gpu(HARDWARE), gpu(XID), gpu(FATAL)), "hold", "which is the GPU's fault"),
         ((gpu(HARDWARE), gpu(FATAL), gpu(FATAL, "GPU-b")), "hold", "on one GPU it may be the GPU"),
