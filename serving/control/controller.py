@@ -119,7 +119,7 @@ class Controller:
             store=self._store, in_store=self._in_store, clock=self.clock,
         )  # fmt: skip
         await self.ledger.load(fresh=fresh)
-        self.totals = Totals(await self._in_store(self._store.counters))
+        self.totals = Totals(await self._in_store(self._store.counters), self._started)
         self.board = RouteBoard(table)
         if not fresh:
             self._resumed = stored is not None
@@ -431,7 +431,7 @@ class Controller:
             self.feedback.keep(
                 str(r["gateway"]) for r in self.totals.rows(self.totals.live(now, tick_s))
             )
-            if past := self.totals.excess(now, tick_s):
+            if past := self.totals.excess(now):
                 base = self.totals.folded(past)
                 await self._in_store(self._store.fold_counters, BASE, base, past)
                 self.totals.fold(base, past)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from serving.control.totals import MAX_INSTANCES
 from serving.core.rollout_types import ProviderState, Rollout
 from serving.core.types import Signature, TensorSpec
 from serving.errors import ConfigError, ConflictError, NotFound, RegistryError
 from tests.control.rollout_world import QUICK, RolloutWorld, default, replayed, standing, weight
 from tests.control.traffic import Version
-from tests.control.world import SIGNATURE
+from tests.control.world import SIGNATURE, gateway_report
 
 
 @pytest.fixture
@@ -549,6 +550,24 @@ def test_counts_survive_gateways_and_their_folding(world: RolloutWorld) -> None:
         late = world.traffic.fleet[0].report()
         controller.report(late)
         assert trials.counts("m:1") == before, "a late report of one that was folded counts nothing"
+
+    run(scenario())
+
+
+def test_no_gateway_goes_unheard_because_others_died_and_the_controller_restarted(
+    world: RolloutWorld,
+) -> None:
+    async def scenario() -> None:
+        controller = await world.serving()
+        for n in range(MAX_INSTANCES + 1):
+            controller.report(gateway_report(f"crashing-{n}"))
+        await world.second(controller)
+        again = await world.controller()
+        # Replicas are heard before the first gateway.
+        world.announce(again)
+        await again.step(look=True)
+        await world.seconds(again, 8)
+        assert list(again.rollouts.observer.gateways()) == ["g0@1.0", "g1@1.0"]
 
     run(scenario())
 
