@@ -1,7 +1,8 @@
 """What a rollout's tick sees: replicas, gateways' counts and the route table, as one snapshot.
 
 Lives on the controller's loop. Restarts of canary replicas are found here: a replica that announces
-itself after its application was complete has taken another one's place.
+itself after its application was complete has taken another one's place. Who was there is part of
+the rollout's record, so that no restart is lost with a tick that could not be committed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Final
 
 from serving.control.fleet import Fleet
 from serving.control.reconcile import Clock, Reconciler
-from serving.control.records import Record
+from serving.control.records import Record, Replicas
 from serving.control.state import Providers
 from serving.control.totals import Totals
 from serving.core.plan import ServedVersion
@@ -24,7 +25,7 @@ _LONGEST_LOOK_S: Final = 300.0
 
 
 class Observer:
-    """Makes snapshots, and remembers what it takes to see a change."""
+    """Makes snapshots; remembers what those outside answered last."""
 
     def __init__(
         self, reconciler: Reconciler, fleet: Fleet, totals: Totals, clock: Clock, tick_s: float
@@ -34,7 +35,6 @@ class Observer:
         self._totals = totals
         self._clock = clock
         self._tick_s = tick_s
-        self._seen: dict[str, set[tuple[str, int]]] = {}
         self._answers: dict[str, dict[str, ProviderState]] = {}
 
     def snapshot(
@@ -45,11 +45,10 @@ class Observer:
         Without `gateways_known`, which revision gateways run is unknown and taken as none.
         """
         rollout, now = record.rollout, self._clock.unix()
-        seen = replace(
-            self.sight(record, gateways_known=gateways_known),
-            restarts=self._restarts(rollout, now),
-        )
+        restarts, replicas = self._restarts(record, now)
+        seen = replace(self.sight(record, gateways_known=gateways_known), restarts=restarts)
         recorded = record.with_sample(Sample.of(now, seen.counts), _span_s(rollout))
+        recorded = replace(recorded, replicas=replicas)
         answers = dict(providers.poll(rollout, now, due_hooks(rollout, seen)))
         self._answers[rollout.id] = answers
         return replace(seen, providers=answers), recorded
@@ -106,18 +105,16 @@ class Observer:
         served = model.versions.get(rollout.canary) if model else None
         return state.given_up.get(served.app.name, "") if served else ""
 
-    def _restarts(self, rollout: Rollout, now: float) -> tuple[float, ...]:
-        served = self._routed(rollout, rollout.canary)
+    def _restarts(self, record: Record, now: float) -> tuple[tuple[float, ...], Replicas]:
+        """When restarts were seen by this look, and who has been seen by now."""
+        served, known = self._routed(record.rollout, record.rollout.canary), record.replicas
         if served is None:
-            return ()
+            return (), known
         app = served.app.name
         current = {(r.endpoint.replica, int(r.info["pid"])) for r in self._fleet.of(app)}
-        # The first look, this controller's or the application's: all of them are the first.
-        seen = self._seen.setdefault(app, set(current))
-        new = current - seen
-        seen |= new
         # Two at once are two.
-        return tuple(now + i * 1e-3 for i in range(len(new)))
+        restarts = tuple(now + i * 1e-3 for i in range(known.new(app, current)))
+        return restarts, known.with_current(app, current)
 
 
 def _span_s(rollout: Rollout) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -15,7 +15,27 @@ from serving.store.sql import RolloutRow
 _DENSE_S: Final = 10.0
 _SPARSE_S: Final = 5.0
 """Samples of the last `_DENSE_S` are all kept; of older ones, one every `_SPARSE_S`."""
+_GONE_KEPT: Final = 256
+"""Replicas that are no longer heard and are known: one that comes back is not a new one."""
 _TAKING_BACK: Final = frozenset({State.ROLLING_BACK, State.ROLLBACK_FAILED})
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The replicas of an application that were seen, as (replica, pid)."""
+
+    app: str = ""
+    seen: tuple[tuple[str, int], ...] = ()
+
+    def with_current(self, app: str, current: Set[tuple[str, int]]) -> Replicas:
+        """After another look. Another application's replicas are forgotten."""
+        before = self.seen if app == self.app else ()
+        gone = [replica for replica in before if replica not in current]
+        return Replicas(app, (*gone[-_GONE_KEPT:], *sorted(current)))
+
+    def new(self, app: str, current: Set[tuple[str, int]]) -> int:
+        """How many have taken another one's place; of an application never seen before, none."""
+        return len(current - set(self.seen)) if app == self.app else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +46,7 @@ class Record:
     for readers. `released`: an apply has taken the model's layout over, this rollout only ends.
     `retry`: an apply ended it, so that it says nothing against its version. `rollback_ms` is how
     long it took from the verdict that took it back until the last gateway had confirmed; None where
-    it was not, or nobody saw it.
+    it was not, or nobody saw it. `replicas` are the canary's: what restarts are told by.
     """
 
     rollout: Rollout
@@ -36,6 +56,7 @@ class Record:
     released: bool = False
     retry: bool = False
     rollback_ms: float | None = None
+    replicas: Replicas = Replicas()
 
     @property
     def live(self) -> bool:
@@ -75,6 +96,7 @@ class Record:
             "released": self.released,
             "retry": self.retry,
             "rollback_ms": self.rollback_ms,
+            "replicas": {"app": self.replicas.app, "seen": [list(r) for r in self.replicas.seen]},
         }
         finished_at = None if rollout.active else rollout.finished_at
         state = rollout.state.value
@@ -95,7 +117,14 @@ class Record:
             body["retry"],
             # Rows of earlier versions have none.
             body.get("rollback_ms"),
+            _replicas(body.get("replicas")),
         )
+
+
+def _replicas(raw: Mapping[str, Any] | None) -> Replicas:
+    if raw is None:
+        return Replicas()
+    return Replicas(raw["app"], tuple((replica, pid) for replica, pid in raw["seen"]))
 
 
 def _tally(raw: list[int]) -> Tally:

@@ -33,7 +33,7 @@ class FakeCluster:
 
     Versions that are `broken` fail at their start, those that are `refused` are never started,
     those that are `silent` say nothing any more. `generation` counts how often replicas of a
-    version were replaced.
+    version were replaced. An application that is started again has replicas of new names.
     """
 
     apps: dict[str, AppSpec] = field(default_factory=dict)
@@ -70,6 +70,7 @@ class FakeCluster:
             if app.replica.version in self.silent:
                 continue
             first = app.count * self.generation.get(app.replica.version, 0)
+            first += 100 * (self.started.count(name) - 1)
             failed = app.replica.version in self.broken
             if not failed:
                 self.phases[name] = Phase.RUNNING
