@@ -171,7 +171,12 @@ class Rollouts:
             self._decided_alone(r, gateways_known, urgent) if id(r) in heads else r
             for r in self.records
         ]
-        await self._commit(after, Change())
+        try:
+            await self._commit(after, Change())
+        except BaseException:
+            # What it has seen is not decided yet.
+            self._urgent = True
+            raise
 
     async def command(
         self, key: str, name: str, *, actor: str, reason: str, expected_state: str | None

@@ -148,3 +148,32 @@ def test_a_command_whose_operator_hung_up_is_carried_out(world: RolloutWorld) ->
         agree(world, controller)
 
     asyncio.run(scenario())
+
+
+def test_a_verdict_whose_commit_failed_does_not_wait_for_the_next_interval(
+    world: RolloutWorld,
+) -> None:
+    async def scenario() -> None:
+        plan = {**SLOW, "analysis": {"min_units": 8, "tick": "30s"}}
+        controller = await world.serving(rollout=plan)
+        await world.change(controller, "2", rollout=plan)
+        await world.until(controller, "observing", at_most=200)
+        world.traffic.versions["2"] = Version(failing=0.9)
+        commit, failed_at = world.store.commit, []
+
+        def locked_once(**options: Any) -> None:
+            taken_back = any(r.state == "rolling_back" for r in options["rollouts"])
+            if taken_back and not failed_at:
+                failed_at.append(world.monotonic)
+                raise StoreError("it is locked by another process")
+            commit(**options)
+
+        world.store.commit = locked_once  # type: ignore[method-assign]
+        for _ in range(60):
+            if failed_at:
+                break
+            with contextlib.suppress(StoreError):
+                await world.second(controller)
+        await world.until(controller, "rolling_back", at_most=2)
+
+    asyncio.run(scenario())
