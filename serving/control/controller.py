@@ -139,8 +139,9 @@ class Controller:
         self.reconciler.price = self.ledger.price
         self._providers = self._new_providers(lambda: self.board.revision)
         observer = Observer(
-            self.reconciler, self.fleet, self.totals, self.clock, self.config.control.tick_s
-        )
+            self.reconciler, self.fleet, self.totals, self.clock,
+            tick_s=self.config.control.tick_s, drain_s=self.config.gateway.drain_s,
+        )  # fmt: skip
         self.rollouts = Rollouts(
             self.reconciler, observer,
             store=self._store, in_store=self._in_store, clock=self.clock, providers=self._providers,

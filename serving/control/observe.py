@@ -28,13 +28,20 @@ class Observer:
     """Makes snapshots; remembers what those outside answered last."""
 
     def __init__(
-        self, reconciler: Reconciler, fleet: Fleet, totals: Totals, clock: Clock, tick_s: float
+        self,
+        reconciler: Reconciler,
+        fleet: Fleet,
+        totals: Totals,
+        clock: Clock,
+        *,
+        tick_s: float,
+        drain_s: float,
     ) -> None:
         self._reconciler = reconciler
         self._fleet = fleet
         self._totals = totals
         self._clock = clock
-        self._tick_s = tick_s
+        self._tick_s, self._drain_s = tick_s, drain_s
         self._answers: dict[str, dict[str, ProviderState]] = {}
 
     def snapshot(
@@ -58,7 +65,7 @@ class Observer:
         rollout, now = record.rollout, self._clock.unix()
         trials = self._totals.trials
         counts = trials.counts(rollout.id)
-        running = self.gateways()
+        live = self._totals.live(self._clock.monotonic(), self._tick_s)
         revision = self._reconciler.board.revision
         return Snapshot(
             now=now,
@@ -67,18 +74,22 @@ class Observer:
             canary_failed=self._failed(rollout),
             stable_ready=self.ready(rollout, rollout.stable),
             revision=revision,
-            gateways_at=min(running.values(), default=revision) if gateways_known else 0,
+            gateways_at=min(self.gateways().values(), default=0) if gateways_known else 0,
             counts=counts,
             providers=self._answers.get(rollout.id, {}),
-            breakers=trials.breakers(rollout.id, running.keys()),
+            breakers=trials.breakers(rollout.id, live),
             history=_up_to_now(record.history, Sample.of(now, counts)),
         )
 
     def gateways(self) -> dict[str, int]:
-        """The live gateway instances and the revision of the routes that each runs."""
-        live = self._totals.live(self._clock.monotonic(), self._tick_s)
-        rows = self._totals.rows(live)
-        return {name: int(row["revision"]) for name, row in zip(live, rows, strict=True)}
+        """The gateway instances that may still route, and the revision that each said it runs.
+
+        That is also one that has been silent for a while: it goes on by the table that it has.
+        """
+        now = self._clock.monotonic()
+        names = self._totals.routing(now, self._tick_s, self._drain_s)
+        rows = self._totals.rows(names)
+        return {name: int(row["revision"]) for name, row in zip(names, rows, strict=True)}
 
     def forget(self, rollout: Rollout) -> None:
         """The rollout is over."""

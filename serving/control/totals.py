@@ -172,6 +172,14 @@ class Totals:
         oldest = now - LIVE_TICKS * max(tick_s, 1.0)
         return sorted(i for i, heard in self._heard.items() if heard >= oldest)
 
+    def routing(self, now: float, tick_s: float, drain_s: float) -> list[str]:
+        """The instances that may still send requests somewhere: one that is silent for `drain_s`.
+
+        Of a stored one that has not reported yet nobody knows: it counts as heard at the start.
+        """
+        oldest = now - max(drain_s, LIVE_TICKS * max(tick_s, 1.0))
+        return sorted(i for i in self._rows if self._heard.get(i, self._began) >= oldest)
+
     def rows(self, instances: Iterable[str]) -> list[Mapping[str, Any]]:
         """The last reports of some instances."""
         return [self._rows[i] for i in instances]

@@ -289,9 +289,10 @@ class Snapshot:
     `canary_failed` says why the canary can never start ("" where it still may). `counts` maps an
     epoch to its totals over all gateways. `providers` maps the name of a trigger, or the key of a
     `Hook`, to its last answers. `revision` is the route table's, `gateways_at` the lowest that a
-    live gateway runs (`revision` where none lives). `restarts` are times at which a canary replica
-    came back after it had died; `breakers` are the gateways' local ones; `history` has what both
-    arms had failed at earlier ticks and at this one, oldest first, as far back as triggers look.
+    gateway is known to run (0 where that is not known of any). `restarts` are times at which a
+    canary replica came back after it had died; `breakers` are the gateways' local ones; `history`
+    has what both arms had failed at earlier ticks and at this one, oldest first, as far back as
+    triggers look.
     """
 
     now: float

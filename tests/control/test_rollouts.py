@@ -567,7 +567,7 @@ def test_no_gateway_goes_unheard_because_others_died_and_the_controller_restarte
         world.announce(again)
         await again.step(look=True)
         await world.seconds(again, 8)
-        assert list(again.rollouts.observer.gateways()) == ["g0@1.0", "g1@1.0"]
+        assert again.totals.live(world.monotonic, 1.0) == ["g0@1.0", "g1@1.0"]
 
     run(scenario())
 
