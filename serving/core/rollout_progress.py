@@ -263,13 +263,12 @@ def _baking(rollout: Rollout, snapshot: Snapshot) -> Finding:
 
 
 def _taking_back(rollout: Rollout, snapshot: Snapshot) -> Finding:
-    # Where the canary never had traffic there is nothing that stable would have to take over.
-    carried = any(e.weight > 0 for e in rollout.epochs)
     if not snapshot.gateways_at:
         problem = "no gateway has said which routes it runs"
     elif snapshot.gateways_at < snapshot.revision:
         problem = f"a gateway still runs revision {snapshot.gateways_at} of the routes"
-    elif carried and snapshot.stable_ready < 1:
+    # Where the canary never had traffic there is nothing that stable would have to take over.
+    elif rollout.had_traffic and snapshot.stable_ready < 1:
         problem = f"version {rollout.stable} has no ready replica"
     else:
         # Why it was taken back is what people ask for later.

@@ -211,6 +211,11 @@ class Rollout:
         return self.spec.steps[self.step] if 0 <= self.step < len(self.spec.steps) else None
 
     @property
+    def had_traffic(self) -> bool:
+        """Whether the canary has answered anybody, or was to."""
+        return any(e.weight > 0 for e in self.epochs)
+
+    @property
     def planned_weight(self) -> float:
         """The canary's share (0..1) by the plan."""
         if self.stage in (State.PROMOTING, State.BAKING, State.SUCCEEDED):

@@ -515,6 +515,46 @@ def test_a_webhook_that_has_not_answered_holds_the_rollout(world: RolloutWorld) 
 # Restarts.
 
 
+@pytest.mark.parametrize("then", ["abort", "resume"])
+def test_what_may_not_begin_is_not_loaded_by_a_pause(world: RolloutWorld, then: str) -> None:
+    webhook = {"event": "pre-rollout", "url": "http://change-freeze/ok"}
+    plan = {**QUICK, "webhooks": [webhook]}
+
+    async def scenario() -> None:
+        controller = await world.serving(rollout=plan)
+        await world.change(controller, "2", rollout=plan)
+        await world.seconds(controller, 3)
+        await tell(controller, "pause")
+        await world.seconds(controller, 3)
+        # Other settings of a rollout that is on its way.
+        await world.change(controller, "2", rollout=plan, replicas=2)
+        await world.seconds(controller, 3)
+        await tell(controller, then)
+        assert list(controller.state.desired.models["m"].versions) == ["1"]
+        await world.seconds(controller, 3)
+        assert [name for name in world.cluster.started if "-v2-" in name] == []
+        expected = {"abort": "rolled_back", "resume": "pending"}
+        assert (await controller.rollouts.find("m")).rollout.state == expected[then]
+
+    run(scenario())
+
+
+def test_a_version_that_is_not_ready_has_no_split_when_it_is_paused(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        controller = await world.serving(replicas=2)
+        await world.change(controller, "2", replicas=2)
+        await world.until(controller, "preparing")
+        await tell(controller, "pause")
+        await world.seconds(controller, 5)
+        route = controller.board.table.models["m"]
+        assert route.arms["2"].endpoints
+        assert route.split is None
+        await tell(controller, "resume")
+        await world.until(controller, "succeeded")
+
+    run(scenario())
+
+
 def test_evidence_is_the_same_after_a_restart(world: RolloutWorld) -> None:
     async def scenario() -> None:
         world.traffic.versions["2"] = Version(failing=0.03)
