@@ -381,7 +381,8 @@ class Controller:
 
     async def watch(self) -> None:
         """Save totals, look who is there, and let rollouts go on by it. Raises `StoreError`."""
-        await self._flush()
+        # A rollout is judged by what is in memory: it does not wait for what cannot be saved.
+        await self._guarded("saving of totals", self._flush())
         if self._may_act():
             async with self.reconciler.lock:
                 self.reconciler.look()

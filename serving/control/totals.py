@@ -267,7 +267,7 @@ class Totals:
             "models": models,
             "bounds": dict(bounds),
             "unrouted": dict(unrouted),
-            "rollouts": self.trials.folded(row.get("rollouts", {}) for row in rows),
+            "rollouts": self.trials.folded([BASE, *instances]),
         }
 
     def fold(self, base: Mapping[str, Any], instances: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from serving.control.totals import MAX_INSTANCES
 from serving.core.rollout_types import ProviderState, Rollout
 from serving.core.types import Signature, TensorSpec
-from serving.errors import ConfigError, ConflictError, NotFound, RegistryError
+from serving.errors import ConfigError, ConflictError, NotFound, RegistryError, StoreError
 from tests.control.rollout_world import QUICK, RolloutWorld, default, replayed, standing, weight
 from tests.control.traffic import Version
 from tests.control.world import SIGNATURE, gateway_report
@@ -104,6 +104,26 @@ def test_a_rollout_that_cannot_be_decided_stays_as_it_is(
         assert "rollout m:1 cannot be decided; it stays as it is" in caplog.text
         assert (await controller.rollouts.find("m")).rollout.state.value == "observing"
         await world.until(controller, "succeeded")
+
+    run(scenario())
+
+
+def test_what_cannot_be_saved_keeps_no_rollout_from_being_judged(
+    world: RolloutWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full() -> None:
+        raise StoreError("ledger: the disk quota is used up")
+
+    async def scenario() -> None:
+        world.traffic.versions["2"] = Version(failing=0.9)
+        controller = await world.serving()
+        await world.change(controller, "2")
+        monkeypatch.setattr(controller.ledger, "flush", full)
+        await world.until(controller, "rolled_back")
+        assert controller.last_error == "ledger: the disk quota is used up"
+        monkeypatch.undo()
+        await world.second(controller)
+        assert controller.last_error == ""
 
     run(scenario())
 

@@ -163,6 +163,23 @@ def test_a_gateway_that_was_taken_for_gone_is_heard_again_and_repeats_nothing() 
     check(totals)
 
 
+def test_a_malformed_row_of_a_gateway_that_is_gone_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    totals = Totals({})
+    totals.trials.live = {"m:1"}
+    rows = counted(5, 1)
+    rows["trials"] += [{**rows["trials"][0], "failed": 9}, {"rollout": "m:1"}]
+    rows["splits"] += [{"rollout": "m:1", "breaker": "ajar"}, {"opened": 9}]
+    totals.report(gateway_report("g", rollouts=rows), 0.0)
+    assert "9 failed requests of 5" in caplog.text
+    silent_ones(totals, MAX_INSTANCES, 1.0)
+    assert fold(totals, 400.0) == ["g@1.0"]
+    assert {r: c.requests for r, c in totals.trials.counts("m:1")[1].canary.items()} == {"r": 5}
+    assert totals.trials.breakers("m:1", ()).opened == 1
+    assert totals.trials.totals("m:1")["shielded"] == 0
+
+
 def test_a_malformed_report_raises_and_counts_nothing() -> None:
     totals = Totals({})
     broken = gateway_report("g1", models=[{**model_row("1", 1), "latency": None}])
