@@ -125,7 +125,7 @@ class Controller:
             store=self._store, in_store=self._in_store, clock=self.clock,
         )  # fmt: skip
         await self.ledger.load(fresh=fresh)
-        self.totals = Totals(await self._in_store(self._store.counters))
+        self.totals = Totals(await self._in_store(self._store.counters), self._started)
         self.board = RouteBoard(table)
         if not fresh:
             self._resumed = stored is not None
@@ -147,7 +147,7 @@ class Controller:
         observer = Observer(
             self.reconciler, self.fleet, self.totals,
             IncidentWatch(self.fleet, self.gpus.standings),
-            self.clock, self.config.control.tick_s,
+            self.clock, tick_s=self.config.control.tick_s, drain_s=self.config.gateway.drain_s,
         )  # fmt: skip
         self.rollouts = Rollouts(
             self.reconciler, observer,
@@ -424,7 +424,8 @@ class Controller:
 
     async def watch(self) -> None:
         """Save totals, look who is there, and let rollouts go on by it. Raises `StoreError`."""
-        await self._flush()
+        # A rollout is judged by what is in memory: it does not wait for what cannot be saved.
+        await self._guarded("saving of totals", self._flush())
         if self._may_act():
             async with self.reconciler.lock:
                 self.reconciler.look()
@@ -478,7 +479,7 @@ class Controller:
             self.feedback.keep(
                 str(r["gateway"]) for r in self.totals.rows(self.totals.live(now, tick_s))
             )
-            if past := self.totals.excess(now, tick_s):
+            if past := self.totals.excess(now):
                 base = self.totals.folded(past)
                 await self._in_store(self._store.fold_counters, BASE, base, past)
                 self.totals.fold(base, past)

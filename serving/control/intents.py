@@ -137,7 +137,7 @@ def _same_target(
     # Behind another one that is being taken back it is not laid out yet.
     first = seen.running[0] is newest
     target = asked.versions[asked.version]
-    if first and newest.rollout.state is not State.PENDING:
+    if first and newest.rollout.stage is not State.PENDING:
         desired = replace(desired, versions={**desired.versions, asked.version: target})
     return Intent("goes_on", desired, stable, target)
 

@@ -1,21 +1,22 @@
 """What a rollout's tick sees: replicas, gateways' counts and the route table, as one snapshot.
 
 Lives on the controller's loop. Restarts of canary replicas are found here: a replica that announces
-itself after its application was complete has taken another one's place.
+itself after its application was complete has taken another one's place. Who was there is part of
+the rollout's record, so that no restart is lost with a tick that could not be committed.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from serving.control.fleet import Fleet
 from serving.control.incidents import IncidentWatch
 from serving.control.reconcile import Clock, Reconciler
-from serving.control.records import Record
+from serving.control.records import Record, Replicas
 from serving.control.state import Providers
 from serving.control.totals import Totals
-from serving.core.plan import AppSpec, ServedVersion
+from serving.core.plan import ServedVersion
 from serving.core.rollout_costs import after_look, at_equal_size, mark
 from serving.core.rollout_counts import ArmName, Sample
 from serving.core.rollout_facts import Incident
@@ -27,8 +28,17 @@ _LONGEST_LOOK_S: Final = 300.0
 _INCIDENTS_KEPT: Final = 200
 
 
+@dataclass(slots=True)
+class _Shape:
+    """Of a canary's application, the seats that were ever seen, and the most replicas at a time."""
+
+    app: str
+    seats: set[str]
+    largest: int = 0
+
+
 class Observer:
-    """Makes snapshots, and remembers what it takes to see a change."""
+    """Makes snapshots; remembers what those outside answered last."""
 
     def __init__(
         self,
@@ -37,16 +47,18 @@ class Observer:
         totals: Totals,
         watch: IncidentWatch,
         clock: Clock,
+        *,
         tick_s: float,
+        drain_s: float,
     ) -> None:
         self._watch = watch
         self._reconciler = reconciler
         self._fleet = fleet
         self._totals = totals
         self._clock = clock
-        self._tick_s = tick_s
-        self._seen: dict[str, set[tuple[str, int]]] = {}
-        self._largest: dict[str, int] = {}
+        self._tick_s, self._drain_s = tick_s, drain_s
+        # By rollout.
+        self._shapes: dict[str, _Shape] = {}
         self._answers: dict[str, dict[str, ProviderState]] = {}
 
     def snapshot(
@@ -58,15 +70,13 @@ class Observer:
         """
         rollout, now = record.rollout, self._clock.unix()
         record = replace(record, incidents=self._incidents(record, now))
-        seen = replace(
-            self.sight(record, gateways_known=gateways_known),
-            restarts=self._restarts(rollout, now),
-        )
+        restarts, replicas = self._restarts(record, now)
+        seen = replace(self.sight(record, gateways_known=gateways_known), restarts=restarts)
         equal = at_equal_size(rollout, seen.canary_ready, seen.stable_ready)
         used = mark(rollout, seen.counts, now) if equal else None
         seen = replace(seen, costs=after_look(record.costs, used, seen.prices))
         recorded = record.with_sample(Sample.of(now, seen.counts), _span_s(rollout))
-        recorded = replace(recorded, costs=seen.costs)
+        recorded = replace(recorded, costs=seen.costs, replicas=replicas)
         answers = dict(providers.poll(rollout, now, due_hooks(rollout, seen)))
         self._answers[rollout.id] = answers
         return replace(seen, providers=answers), recorded
@@ -76,7 +86,7 @@ class Observer:
         rollout, now = record.rollout, self._clock.unix()
         trials = self._totals.trials
         counts = trials.counts(rollout.id)
-        running = self.gateways()
+        live = self._totals.live(self._clock.monotonic(), self._tick_s)
         revision = self._reconciler.board.revision
         canary = self._routed(rollout, rollout.canary)
         app = canary.app.name if canary is not None else ""
@@ -87,10 +97,10 @@ class Observer:
             canary_failed=self._failed(rollout),
             stable_ready=self.ready(rollout, rollout.stable),
             revision=revision,
-            gateways_at=min(running.values(), default=revision) if gateways_known else 0,
+            gateways_at=min(self.gateways().values(), default=0) if gateways_known else 0,
             counts=counts,
             providers=self._answers.get(rollout.id, {}),
-            breakers=trials.breakers(rollout.id, running.keys()),
+            breakers=trials.breakers(rollout.id, live),
             history=_up_to_now(record.history, Sample.of(now, counts)),
             prices={
                 replica: self._reconciler.price(replica)
@@ -104,14 +114,19 @@ class Observer:
         )
 
     def gateways(self) -> dict[str, int]:
-        """The live gateway instances and the revision of the routes that each runs."""
-        live = self._totals.live(self._clock.monotonic(), self._tick_s)
-        rows = self._totals.rows(live)
-        return {name: int(row["revision"]) for name, row in zip(live, rows, strict=True)}
+        """The gateway instances that may still route, and the revision that each said it runs.
+
+        That is also one that has been silent for a while: it goes on by the table that it has.
+        """
+        now = self._clock.monotonic()
+        names = self._totals.routing(now, self._tick_s, self._drain_s)
+        rows = self._totals.rows(names)
+        return {name: int(row["revision"]) for name, row in zip(names, rows, strict=True)}
 
     def forget(self, rollout: Rollout) -> None:
         """The rollout is over."""
         self._answers.pop(rollout.id, None)
+        self._shapes.pop(rollout.id, None)
         models = self._reconciler.state.routed.models.values()
         self._watch.keep(s.app.name for m in models for s in m.versions.values())
 
@@ -149,25 +164,29 @@ class Observer:
                 found += self._watch.look(served.app.name, arm, now)
         return tuple(found[-_INCIDENTS_KEPT:])
 
-    def _restarts(self, rollout: Rollout, now: float) -> tuple[float, ...]:
-        served = self._routed(rollout, rollout.canary)
+    def _restarts(self, record: Record, now: float) -> tuple[tuple[float, ...], Replicas]:
+        """When restarts were seen by this look, and who has been seen by now."""
+        served, known = self._routed(record.rollout, record.rollout.canary), record.replicas
         if served is None:
-            return ()
+            return (), known
         app = served.app.name
-        current = {(r.endpoint.replica, int(r.info["pid"])) for r in self._fleet.of(app)}
-        # The first look, this controller's or the application's: all of them are the first.
-        seen = self._seen.setdefault(app, set(current))
-        new = current - seen
-        seen |= new
-        restarted = max(0, len(new) - self._grown(served.app, len(current)))
+        running = self._fleet.of(app)
+        seats = [((r.endpoint.replica, int(r.info["pid"])), r.seat) for r in running]
+        current = {pair for pair, _ in seats}
+        new = known.new(app, current)
+        shape = self._shapes.get(record.rollout.id)
+        if shape is None or shape.app != app:
+            shape = self._shapes[record.rollout.id] = _Shape(app, {r.seat for r in running})
+            shape.largest = len(current)
+        # One in a seat of its own moved there, or is one more.
+        restarted = sum(pair in new and seat in shape.seats for pair, seat in seats)
+        if served.app.scaling is not None:
+            restarted = max(0, restarted - max(0, len(current) - shape.largest))
+        shape.seats |= {r.seat for r in running}
+        shape.largest = max(shape.largest, len(current))
         # Two at once are two.
-        return tuple(now + i * 1e-3 for i in range(restarted))
-
-    def _grown(self, app: AppSpec, running: int) -> int:
-        """By how many replicas an application that is scaled was ever larger than at last look."""
-        largest = self._largest.setdefault(app.name, running)
-        self._largest[app.name] = max(largest, running)
-        return self._largest[app.name] - largest if app.scaling is not None else 0
+        restarts = tuple(now + i * 1e-3 for i in range(restarted))
+        return restarts, known.with_current(app, current)
 
 
 def _span_s(rollout: Rollout) -> float:

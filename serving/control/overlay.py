@@ -32,11 +32,18 @@ def lay_out(layout: Layout, record: Record, also: Collection[str]) -> Layout:
         return layout
     default = default_version(rollout)
     wanted = {default}
-    if record.live and rollout.state is not State.PENDING:
+    if record.live and _runs_canary(record):
         wanted |= {rollout.stable, rollout.canary}
     versions = {v: s for v, s in model.versions.items() if v in wanted or v in also}
     versions |= {v: record.served.versions[v] for v in sorted(wanted - versions.keys(), key=int)}
     return _with_model(layout, rollout.model, ServedModel(default, versions))
+
+
+def _runs_canary(record: Record) -> bool:
+    if record.taking_back:
+        # One that never had traffic may never have been allowed to begin.
+        return record.rollout.had_traffic
+    return record.rollout.stage is not State.PENDING
 
 
 def switch(routed: Layout, record: Record) -> Layout:
@@ -74,7 +81,7 @@ def _splits(record: Record, route: ModelRoute) -> bool:
     rollout = record.rollout
     return (
         rollout.active
-        and rollout.state not in _BEFORE_TRAFFIC
+        and rollout.stage not in _BEFORE_TRAFFIC
         and route.version == rollout.stable
         and rollout.canary in route.arms
     )

@@ -8,7 +8,6 @@ the next tick sees what was done and does the rest.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from serving.control.board import RouteBoard
 from serving.control.fleet import Fleet
 from serving.control.state import AppStatus, Cluster, State
 from serving.control.totals import Totals
+from serving.control.turn import Turn
 from serving.core.plan import (
     AppSpec,
     Decision,
@@ -70,8 +70,8 @@ class Reconciler:
     """Moves what runs towards the state's `desired`. Lives on the controller's loop.
 
     Whoever changes the state holds `lock`. `overlay` adds to a route table what rollouts want of
-    it. `endpoints` are the ready replicas by application at the last `look`: whatever is decided
-    until the next one goes by them.
+    it; `recall_rollouts` reads them from the store again. `endpoints` are the ready replicas by
+    application at the last `look`: whatever is decided until the next one goes by them.
     """
 
     def __init__(
@@ -95,12 +95,13 @@ class Reconciler:
         self.totals = totals
         self.apps: Mapping[str, AppStatus] = {}
         self.settled = False
-        self.lock = asyncio.Lock()
+        self.lock = Turn(self._recall)
         self.overlay: Overlay = lambda table: table
         # Who may start now, with the seats of those that have some.
         self.seating: Seating = lambda apps: dict.fromkeys(app.name for app in apps)
         # Seats that are leaving: nobody is sent there any more.
         self.leaving: Collection[str] = ()
+        self.recall_rollouts: Callable[[], Awaitable[None]] = _nothing
         # What a replica costs, in USD an hour.
         self.price: Callable[[str], float | None] = lambda _: None
         self.endpoints: Mapping[str, tuple[Endpoint, ...]] = _published(state, board.table)
@@ -158,7 +159,7 @@ class Reconciler:
         """Save what changed in one transaction; then go by `state`, and publish its routes.
 
         `overlay` is the one that goes with `rollouts`. The caller holds `lock`. Raises `StoreError`
-        or `ConflictError`, and then nothing has changed.
+        or `ConflictError`: whoever has the lock next goes by what the store has then.
         """
         table = self._table(state, overlay or self.overlay)
         rerouted = self.board.differs(table)
@@ -177,11 +178,25 @@ class Reconciler:
             pins=pins,
             event=event,
         )
-        await self._in_store(write)
+        try:
+            await self._in_store(write)
+        except BaseException:
+            self.lock.doubt()
+            raise
         if changed:
             self.adopt(state)
         if rerouted:
             self.board.publish(table)
+
+    async def _recall(self) -> None:
+        """Go by what the store has. Raises `StoreError`."""
+        state = await self._in_store(self._store.desired)
+        table = await self._in_store(self._store.route_table)
+        if state is not None:
+            self.adopt(State.from_dict(state))
+        if table is not None and table["revision"] > self.board.revision:
+            self.board.publish(RouteTable.from_dict(table))
+        await self.recall_rollouts()
 
     def _table(self, state: State, overlay: Overlay) -> RouteTable:
         endpoints = {name: self.endpoints.get(name, ()) for name in state.routed.apps()}
@@ -333,6 +348,10 @@ class Reconciler:
 
     async def _event(self, kind: str, **body: Any) -> None:
         await self._in_store(self._store.append_event, kind, body)
+
+
+async def _nothing() -> None:
+    """Without rollouts there are none to read."""
 
 
 def _published(state: State, table: RouteTable) -> dict[str, tuple[Endpoint, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -17,7 +17,27 @@ from serving.store.sql import RolloutRow
 _DENSE_S: Final = 10.0
 _SPARSE_S: Final = 5.0
 """Samples of the last `_DENSE_S` are all kept; of older ones, one every `_SPARSE_S`."""
+_GONE_KEPT: Final = 256
+"""Replicas that are no longer heard and are known: one that comes back is not a new one."""
 _TAKING_BACK: Final = frozenset({State.ROLLING_BACK, State.ROLLBACK_FAILED})
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The replicas of an application that were seen, as (replica, pid)."""
+
+    app: str = ""
+    seen: tuple[tuple[str, int], ...] = ()
+
+    def with_current(self, app: str, current: Set[tuple[str, int]]) -> Replicas:
+        """After another look. Another application's replicas are forgotten."""
+        before = self.seen if app == self.app else ()
+        gone = [replica for replica in before if replica not in current]
+        return Replicas(app, (*gone[-_GONE_KEPT:], *sorted(current)))
+
+    def new(self, app: str, current: Set[tuple[str, int]]) -> Set[tuple[str, int]]:
+        """Those that were not there before; of an application never seen before, none."""
+        return current - set(self.seen) if app == self.app else frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +49,7 @@ class Record:
     `retry`: an apply ended it, so that it says nothing against its version. `rollback_ms` is how
     long it took from the verdict that took it back until the last gateway had confirmed; None where
     it was not, or nobody saw it. `costs` and `incidents` are what triggers remember of earlier
-    ticks.
+    ticks, `replicas` the canary's that were seen: what restarts are told by.
     """
 
     rollout: Rollout
@@ -41,6 +61,7 @@ class Record:
     rollback_ms: float | None = None
     costs: CostWindows = field(default_factory=CostWindows)
     incidents: tuple[Incident, ...] = ()
+    replicas: Replicas = Replicas()
 
     @property
     def remembered(self) -> tuple[object, ...]:
@@ -89,6 +110,7 @@ class Record:
             "rollback_ms": self.rollback_ms,
             "costs": windows_to_dict(self.costs),
             "incidents": [incident.to_dict() for incident in self.incidents],
+            "replicas": {"app": self.replicas.app, "seen": [list(r) for r in self.replicas.seen]},
         }
         finished_at = None if rollout.active else rollout.finished_at
         state = rollout.state.value
@@ -111,7 +133,14 @@ class Record:
             body.get("rollback_ms"),
             windows_from_dict(body["costs"]) if "costs" in body else CostWindows(),
             tuple(Incident.from_dict(raw) for raw in body.get("incidents", ())),
+            _replicas(body.get("replicas")),
         )
+
+
+def _replicas(raw: Mapping[str, Any] | None) -> Replicas:
+    if raw is None:
+        return Replicas()
+    return Replicas(raw["app"], tuple((replica, pid) for replica, pid in raw["seen"]))
 
 
 def _tally(raw: list[int]) -> Tally:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Final
 
 from serving.control import journal
+from serving.control.endings import applied, ended_with_deployment, let_go, superseded
 from serving.control.intents import Intent
 from serving.control.notices import notices
 from serving.control.observe import Observer
@@ -26,9 +27,8 @@ from serving.control.records import Record
 from serving.control.rollout_views import arms_summary
 from serving.control.state import Providers, State
 from serving.core.plan import ServedModel, ServedVersion
-from serving.core.rollout import command, decide, new_rollout, transition
+from serving.core.rollout import command, decide, new_rollout
 from serving.core.rollout_spec import RolloutSpec
-from serving.core.rollout_states import Event
 from serving.core.rollout_states import State as RolloutState
 from serving.errors import ConflictError, NotFound
 from serving.store.audit import AuditEntry
@@ -86,6 +86,7 @@ class Rollouts:
         self._new_salt = new_salt
         self._ticked: dict[str, tuple[float, tuple[bool, ...] | None]] = {}
         self._urgent = False
+        reconciler.recall_rollouts = self.recall
 
     async def load(self, blank: State | None = None) -> None:
         """Take up what was saved. Raises `StoreError`.
@@ -93,6 +94,24 @@ class Rollouts:
         With a `blank` state to begin with, nothing of what was saved runs any more: every rollout
         that was going on is over.
         """
+        records = await self._stored()
+        self._adopt(records)
+        if blank is not None:
+            ended = [ended_with_deployment(r, self._clock.unix()) for r in self.records]
+            await self._commit(ended, Change(blank))
+        self._tell_again(records)
+
+    async def recall(self) -> None:
+        """Go by the store after a commit that may have been done: publish and tell it, if it was.
+
+        Raises `StoreError`.
+        """
+        before = {r.rollout.id: r for r in self.records}
+        after = [r for r in await self._stored() if r.live or r.rollout.id in before]
+        self._committed(before, after, self._clock.unix())
+
+    async def _stored(self) -> list[Record]:
+        """Every rollout that is not over or was not lately, oldest first."""
         rows = await self._in_store(partial(self._store.rollouts, active=True, limit=10_000))
         past = await self._in_store(partial(self._store.rollouts, active=False, limit=1000))
         for row in reversed(past):
@@ -100,12 +119,7 @@ class Rollouts:
         lately = self._clock.unix() - _RETOLD_S
         rows += [row for row in past if _warm(row) or (row.finished_at or 0.0) > lately]
         records = [Record.from_row(row) for row in reversed(rows)]
-        records.sort(key=lambda r: r.rollout.created_at)
-        self._adopt(records)
-        if blank is not None:
-            ended = [_ended_with_deployment(r, self._clock.unix()) for r in self.records]
-            await self._commit(ended, Change(blank))
-        self._tell_again(records)
+        return sorted(records, key=lambda r: r.rollout.created_at)
 
     # Looking.
 
@@ -157,7 +171,12 @@ class Rollouts:
             self._decided_alone(r, gateways_known, urgent) if id(r) in heads else r
             for r in self.records
         ]
-        await self._commit(after, Change())
+        try:
+            await self._commit(after, Change())
+        except BaseException:
+            # What it has seen is not decided yet.
+            self._urgent = True
+            raise
 
     async def command(
         self, key: str, name: str, *, actor: str, reason: str, expected_state: str | None
@@ -223,9 +242,9 @@ class Rollouts:
         for record in self.records:
             model = record.rollout.model
             if model in removed:
-                after.append(_superseded(record, f"model {model} is removed", actor, now, True))
+                after.append(superseded(record, f"model {model} is removed", actor, now, True))
             elif (intent := intents.get(model)) is not None:
-                after.append(_applied(record, intent, actor, now))
+                after.append(applied(record, intent, actor, now))
             else:
                 after.append(record)
         await self._commit([*after, *started], change)
@@ -233,7 +252,7 @@ class Rollouts:
     async def start(self, record: Record, change: Change) -> None:
         """Commit a rollout that a person starts. Raises `StoreError` or `ConflictError`."""
         model = record.rollout.model
-        after = [_let_go(r) if r.rollout.model == model else r for r in self.records]
+        after = [let_go(r) if r.rollout.model == model else r for r in self.records]
         await self._commit([*after, record], change)
 
     def _decided_alone(self, record: Record, gateways_known: bool, urgent: bool) -> Record:
@@ -287,9 +306,9 @@ class Rollouts:
         changed = [
             replace(r, arms=arms_summary(counts(r.rollout.id), price) or r.arms) for r in changed
         ]
-        taken_back = [r.rollout.id for r in changed if r.taking_back and not _was(before, r)]
-        for rollout_id in taken_back:
-            self.reach.decided(rollout_id, decided_at)
+        for record in changed:
+            if record.taking_back and not _was(before, record):
+                self.reach.decided(record.rollout.id, decided_at)
         changed = [self._measured(r) if _was(before, r) else r for r in changed]
         fresh = {r.rollout.id: r for r in changed}
         after = [fresh.get(r.rollout.id, r) for r in after]
@@ -313,12 +332,17 @@ class Rollouts:
             pins=change.pins,
             event=change.event,
         )
-        gateways, revision = self.observer.gateways(), self._reconciler.board.revision
-        for rollout_id in taken_back:
-            self.reach.published(rollout_id, revision, gateways, self._clock.monotonic())
         self.reach.keep({r.rollout.id for r in after if r.taking_back})
-        for record in changed:
-            self._note_rollback(record.rollout.model, record.rollout.id, record.rollback_ms)
+        self._committed(before, after, now)
+
+    def _committed(self, before: Mapping[str, Record], after: Sequence[Record], now: float) -> None:
+        """Go by what is in the store and published, and tell of it."""
+        gateways, revision = self.observer.gateways(), self._reconciler.board.revision
+        for record in after:
+            model, rollout_id = record.rollout.model, record.rollout.id
+            if record.taking_back and not _was(before, record):
+                self.reach.published(rollout_id, revision, gateways, self._clock.monotonic())
+            self._note_rollback(model, rollout_id, record.rollback_ms)
         self._adopt(after)
         for record in after:
             self._tell(before.get(record.rollout.id), record, now)
@@ -375,46 +399,3 @@ def _differs(before: Record | None, after: Record) -> bool:
     if before is None:
         return True
     return before.durable() != after.durable() or before.remembered != after.remembered
-
-
-def _applied(record: Record, intent: Intent, actor: str, now: float) -> Record:
-    if not record.rollout.active:
-        return _let_go(record) if intent.released or intent.kind == "rollout" else record
-    if intent.ends:
-        return _superseded(record, intent.ends, actor, now, intent.released)
-    if intent.kind == "goes_on" and intent.canary is not None and intent.stable is not None:
-        canary, stable = intent.canary, intent.stable
-        if record.targets(canary.arm.version, canary.arm.digest):
-            versions = {s.arm.version: s for s in (stable, canary)}
-            return replace(record, served=ServedModel(stable.arm.version, versions))
-    return record
-
-
-def _superseded(record: Record, reason: str, actor: str, now: float, released: bool) -> Record:
-    if not record.rollout.active:
-        return _let_go(record)
-    if record.taking_back:
-        return replace(record, released=record.released or released)
-    rollout = transition(record.rollout, Event.SUPERSEDED, now=now, reason=reason, actor=actor)
-    return replace(record, rollout=rollout, released=released, retry=True)
-
-
-def _let_go(record: Record) -> Record:
-    """An old version is no longer kept: another rollout needs its place."""
-    if record.rollout.active:
-        return record
-    return replace(record, rollout=replace(record.rollout, warm_until=None), released=True)
-
-
-def _ended_with_deployment(record: Record, now: float) -> Record:
-    """Nothing of it runs any more; so there is nothing to take back."""
-    rollout = record.rollout
-    if not rollout.active:
-        return _let_go(record)
-    judged = record.taking_back and not record.retry
-    reason = rollout.reason if judged else "the deployment ended while the rollout ran"
-    if not record.taking_back:
-        rollout = transition(rollout, Event.SUPERSEDED, now=now, reason=reason)
-    if rollout.active:
-        rollout = transition(rollout, Event.DRAINED, now=now, reason=reason)
-    return replace(record, rollout=rollout, released=True, retry=not judged)

@@ -1,8 +1,9 @@
 """Sums over gateways of what they count, across their restarts.
 
 A gateway reports its totals since its start, so the deployment's total is the sum over every
-gateway instance that ever lived: the last report of each. The instances of the past are folded into
-one row once there are many.
+gateway instance that ever lived: the last report of each. Instances that were silent for minutes
+are folded into one row once there are many. One of them that reports again lives: what it counts
+from then on is added.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from serving.control.late import since
 from serving.control.trials import Trials
 from serving.core.plan import GatewayView
 
@@ -22,6 +24,8 @@ BATCH_SIZE: Final = "batch_size"
 BASE: Final = "past"
 MAX_INSTANCES: Final = 64
 LIVE_TICKS: Final = 5
+SILENCE_S: Final = 300.0
+"""Who was silent for less is not folded, however many there are."""
 _RATE_STEP_S: Final = 5.0
 _RATE_STEPS: Final = 12
 
@@ -128,10 +132,16 @@ class ArmTotals:
 
 
 class Totals:
-    """The last report of every gateway instance. Lives on the controller's loop."""
+    """The last report of every gateway instance. Lives on the controller's loop.
 
-    def __init__(self, stored: Mapping[str, Mapping[str, Any]]) -> None:
+    `stored` is what an earlier controller had; what is silent is so since `now` (monotonic).
+    """
+
+    def __init__(self, stored: Mapping[str, Mapping[str, Any]], now: float = 0.0) -> None:
+        self._began = now
         self._base: Mapping[str, Any] = stored.get(BASE) or {"folded": []}
+        # By instance: the first report of one that had been folded, which counts as folded too.
+        self._late: dict[str, Mapping[str, Any]] = dict(self._base.get("late", {}))
         self._rows = {k: v for k, v in stored.items() if k != BASE}
         self._saved = {k: _counts(v) for k, v in self._rows.items()}
         self._heard: dict[str, float] = {}
@@ -146,10 +156,10 @@ class Totals:
         Raises `KeyError`, `TypeError` or `ValueError` if it is malformed.
         """
         instance = instance_of(payload)
-        if instance in self._base["folded"]:
-            return False
         for row in payload["models"]:
             ArmTotals().add(row, payload["bounds"])
+        if instance in self._late or instance in self._base["folded"]:
+            payload = since(payload, self._late.setdefault(instance, payload))
         before = self._rows.get(instance, {}).get("rollouts", {})
         rollouts = self.trials.carried(before, payload.get("rollouts", {}))
         self._rows[instance] = {**payload, "rollouts": rollouts}
@@ -165,6 +175,14 @@ class Totals:
         """The instances heard within the last few ticks."""
         oldest = now - LIVE_TICKS * max(tick_s, 1.0)
         return sorted(i for i, heard in self._heard.items() if heard >= oldest)
+
+    def routing(self, now: float, tick_s: float, drain_s: float) -> list[str]:
+        """The instances that may still send requests somewhere: one that is silent for `drain_s`.
+
+        Of a stored one that has not reported yet nobody knows: it counts as heard at the start.
+        """
+        oldest = now - max(drain_s, LIVE_TICKS * max(tick_s, 1.0))
+        return sorted(i for i in self._rows if self._heard.get(i, self._began) >= oldest)
 
     def rows(self, instances: Iterable[str]) -> list[Mapping[str, Any]]:
         """The last reports of some instances."""
@@ -205,11 +223,14 @@ class Totals:
 
     def unsaved(self) -> dict[str, Mapping[str, Any]]:
         """The rows whose counts are not in the store as they are now."""
-        return {i: r for i, r in self._rows.items() if self._saved.get(i) != _counts(r)}
+        rows = {i: r for i, r in self._rows.items() if self._saved.get(i) != _counts(r)}
+        late = self._late.keys() != self._base.get("late", {}).keys()
+        return {**rows, BASE: {**self._base, "late": dict(self._late)}} if late else rows
 
     def saved(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """`rows` are in the store."""
-        self._saved.update({instance: _counts(row) for instance, row in rows.items()})
+        self._base = rows.get(BASE, self._base)
+        self._saved.update({i: _counts(row) for i, row in rows.items() if i != BASE})
 
     def note_rates(self, now: float) -> None:
         """Remember how many requests each model has had by now, for `rate`."""
@@ -227,14 +248,14 @@ class Totals:
         (since, before), (until, after) = self._noted[0], self._noted[-1]
         return (after[model] - before[model]) / (until - since)
 
-    def excess(self, now: float, tick_s: float) -> list[str]:
-        """The oldest dead instances beyond the number that is kept apart."""
-        live = set(self.live(now, tick_s))
-        dead = [i for i in self._rows if i not in live]
-        return dead[: max(0, len(dead) - MAX_INSTANCES)]
+    def excess(self, now: float) -> list[str]:
+        """Of the instances that are silent, the longest so beyond the number that is kept apart."""
+        heard = {i: self._heard.get(i, self._began) for i in self._rows}
+        silent = sorted((i for i in heard if now - heard[i] > SILENCE_S), key=heard.__getitem__)
+        return silent[: max(0, len(silent) - MAX_INSTANCES)]
 
     def folded(self, instances: Sequence[str]) -> dict[str, Any]:
-        """The base row with `instances` added, and their names: a late report counts nothing."""
+        """The base row with `instances` added, and their names: no later report repeats them."""
         rows = [self._base, *(self._rows[i] for i in instances)]
         past: dict[ArmKey, ArmTotals] = {}
         unrouted: Counter[str] = Counter()
@@ -248,10 +269,11 @@ class Totals:
         models = [arm.to_row(*key) for key, arm in past.items()]
         return {
             "folded": names,
+            "late": {i: row for i, row in self._late.items() if i not in instances},
             "models": models,
             "bounds": dict(bounds),
             "unrouted": dict(unrouted),
-            "rollouts": self.trials.folded(row.get("rollouts", {}) for row in rows),
+            "rollouts": self.trials.folded([BASE, *instances]),
         }
 
     def fold(self, base: Mapping[str, Any], instances: Iterable[str]) -> None:
@@ -263,6 +285,7 @@ class Totals:
             del self._rows[instance]
             self._saved.pop(instance, None)
             self._heard.pop(instance, None)
+            self._late.pop(instance, None)
 
 
 def instance_of(payload: Mapping[str, Any]) -> str:

@@ -1,13 +1,13 @@
 """What gateways count for rollouts, kept by gateway instance and added up.
 
 A report is cumulative since its gateway's start, so the last one of each instance is all there is
-to keep. It is parsed once, when it comes.
+to keep. It is parsed once, when it comes; a malformed row is logged and left out.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from serving.core.rollout_counts import Breakers, EpochCounts, add_up
@@ -15,6 +15,7 @@ from serving.core.rollout_counts import Breakers, EpochCounts, add_up
 log = logging.getLogger(__name__)
 
 _COUNTED: Final = ("trials", "shadows")
+_INFORMING: Final = ("shielded", "overridden", "diverted")
 Plain = Mapping[str, Any]
 Counts = dict[str, dict[int, EpochCounts]]
 """Rollout id to epoch to counts."""
@@ -26,13 +27,13 @@ class Trials:
     def __init__(self) -> None:
         self.live: Collection[str] = ()
         self._counts: dict[str, Counts] = {}
-        self._splits: dict[str, list[Plain]] = {}
+        self._splits: dict[str, list[dict[str, Any]]] = {}
 
     def take(self, instance: str, rows: Plain) -> bool:
         """Replace an instance's counts; whether a breaker has opened since its last report."""
         before = self._opened(instance)
         self._counts[instance] = _parsed(instance, rows)
-        self._splits[instance] = list(rows.get("splits", ()))
+        self._splits[instance] = _splits(instance, rows)
         return self._opened(instance) > before
 
     def drop(self, instance: str) -> None:
@@ -54,15 +55,14 @@ class Trials:
         for instance, rows in self._splits.items():
             for row in rows:
                 if row["rollout"] == rollout:
-                    opened += int(row["opened"])
+                    opened += row["opened"]
                     is_open += row["breaker"] == "open" and instance in live
         return Breakers(is_open, opened)
 
     def totals(self, rollout: str) -> dict[str, int]:
         """Requests that no verdict is made of: shielded, overridden, diverted."""
-        names = ("shielded", "overridden", "diverted")
         rows = [r for rows in self._splits.values() for r in rows if r["rollout"] == rollout]
-        return {name: sum(int(row.get(name, 0)) for row in rows) for name in names}
+        return {name: sum(row[name] for row in rows) for name in _INFORMING}
 
     def carried(self, before: Plain, now: Plain) -> dict[str, list[Any]]:
         """A report's rollout part, with what it no longer has of live rollouts from the one before.
@@ -78,19 +78,18 @@ class Trials:
             merged[part] = fresh
         return merged
 
-    def folded(self, reports: Iterable[Plain]) -> dict[str, list[Any]]:
+    def folded(self, instances: Collection[str]) -> dict[str, list[Any]]:
         """The rollout parts of several instances as one, of live rollouts only."""
-        reports = list(reports)
-        counted = [r for report in reports for part in _COUNTED for r in report.get(part, ())]
+        total: Counts = {}
         splits: dict[str, dict[str, Any]] = {}
-        for row in (r for report in reports for r in report.get("splits", ())):
-            sums = splits.setdefault(
-                row["rollout"], {"rollout": row["rollout"], "breaker": "closed"}
-            )
-            for name, value in row.items():
-                if isinstance(value, int):
-                    sums[name] = sums.get(name, 0) + value
-        total = {r: epochs for r, epochs in add_up(counted).items() if r in self.live}
+        for instance in instances:
+            _add(total, self._counts.get(instance, {}))
+            for row in self._splits.get(instance, ()):
+                closed = {"rollout": row["rollout"], "breaker": "closed"}
+                sums = splits.setdefault(row["rollout"], closed)
+                for name in ("opened", *_INFORMING):
+                    sums[name] = sums.get(name, 0) + row[name]
+        total = {r: epochs for r, epochs in total.items() if r in self.live}
         trials = [
             {"rollout": rollout, "epoch": epoch, "arm": arm, "replica": replica, **row.to_dict()}
             for rollout, epochs in total.items()
@@ -113,7 +112,7 @@ class Trials:
         return {"trials": trials, "shadows": shadows, "splits": kept}
 
     def _opened(self, instance: str) -> int:
-        return sum(int(row["opened"]) for row in self._splits.get(instance, ()))
+        return sum(row["opened"] for row in self._splits.get(instance, ()))
 
 
 def _key(row: Plain) -> tuple[Any, ...]:
@@ -129,8 +128,27 @@ def _parsed(instance: str, rows: Plain) -> Counts:
             except ValueError as error:
                 log.error("report of gateway %s: %s", instance, error)
                 continue
-            for rollout, epochs in found.items():
-                mine = counts.setdefault(rollout, {})
-                for epoch, more in epochs.items():
-                    mine[epoch] = mine[epoch] + more if epoch in mine else more
+            _add(counts, found)
     return counts
+
+
+def _splits(instance: str, rows: Plain) -> list[dict[str, Any]]:
+    splits = []
+    for row in rows.get("splits", ()):
+        try:
+            breaker = Breakers.of_rows([row])
+            informing = {name: int(row.get(name, 0)) for name in _INFORMING}
+            rollout = str(row["rollout"])
+        except (KeyError, TypeError, ValueError) as error:
+            log.error("report of gateway %s: summary of a rollout: %r", instance, error)
+            continue
+        state = "open" if breaker.open else "closed"
+        splits.append({"rollout": rollout, "breaker": state, "opened": breaker.opened, **informing})
+    return splits
+
+
+def _add(total: Counts, more: Counts) -> None:
+    for rollout, epochs in more.items():
+        mine = total.setdefault(rollout, {})
+        for epoch, counts in epochs.items():
+            mine[epoch] = mine[epoch] + counts if epoch in mine else counts

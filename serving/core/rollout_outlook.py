@@ -8,6 +8,7 @@ from serving.core.rollout_progress import (
     lost_arms,
     missing_evidence,
     pairs_compared,
+    proceeds,
     span,
 )
 from serving.core.rollout_states import State
@@ -86,7 +87,7 @@ def _until_stepped(rollout: Rollout, snapshot: Snapshot) -> str:
     if left > 0:
         return f"{then} in {span(left)} if nothing speaks against it."
     missing = missing_evidence(rollout, snapshot)
-    if not missing:
+    if not missing or proceeds(rollout, snapshot):
         return _asking(rollout, snapshot, then)
     rule = rollout.spec.analysis.on_insufficient_data
     since = snapshot.now if rollout.waiting_since is None else rollout.waiting_since
@@ -100,7 +101,8 @@ def _until_stepped(rollout: Rollout, snapshot: Snapshot) -> str:
 
 def _until_passed(rollout: Rollout, snapshot: Snapshot) -> str:
     step, then = rollout.current_step, _following(rollout)
-    if step is None or step.gate is None or gate_passed(rollout, snapshot):
+    passed = gate_passed(rollout, snapshot) or proceeds(rollout, snapshot)
+    if step is None or step.gate is None or passed:
         return _asking(rollout, snapshot, then)
     gate = step.gate
     asked = "a person approves" if gate.type == "manual" else f"{place(gate.url)} says yes"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction, TriggerAction, Webhook
+from serving.core.rollout_hooks import gate_hook, gate_key, hooks, webhooks
+from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction, TriggerAction
 from serving.core.rollout_states import PAUSABLE, Event, State
 from serving.core.rollout_types import Hook, Outcome, Rollout, Snapshot, Verdict
 from serving.core.urls import place
@@ -119,22 +120,15 @@ def _unanswered(rollout: Rollout, verdict: Verdict) -> bool:
 def due_hooks(rollout: Rollout, snapshot: Snapshot) -> tuple[Hook, ...]:
     """The web services that the rollout waits for now, to be asked until it goes on."""
     if rollout.state is State.PENDING:
-        return _hooks(rollout, "pre-rollout")
+        return hooks(rollout, "pre-rollout")
+    goes_on = work_done(rollout, snapshot) or proceeds(rollout, snapshot)
     gate = rollout.current_step.gate if rollout.current_step is not None else None
-    at_gate = rollout.state is State.AWAITING_GATE and not gate_passed(rollout, snapshot)
+    at_gate = rollout.state is State.AWAITING_GATE and not goes_on
     if at_gate and gate is not None and gate.type == "webhook":
-        return (Hook(gate_key(rollout.step), gate.url, _GATE_TIMEOUT_S, gate.secret_env),)
-    if work_done(rollout, snapshot) and not _gate_ahead(rollout):
-        return _hooks(rollout, "pre-step")
+        return (gate_hook(rollout.step, gate),)
+    if goes_on and not _gate_ahead(rollout):
+        return hooks(rollout, "pre-step")
     return ()
-
-
-_GATE_TIMEOUT_S: Final = 10.0
-
-
-def gate_key(step: int) -> str:
-    """Where `Snapshot.providers` has the answer of a step's webhook gate."""
-    return f"gate:{step}"
 
 
 def gate_passed(rollout: Rollout, snapshot: Snapshot) -> str:
@@ -160,6 +154,12 @@ def work_done(rollout: Rollout, snapshot: Snapshot) -> str:
     if snapshot.now - rollout.step_entered_at < step.hold_s or missing_evidence(rollout, snapshot):
         return ""
     return f"step {rollout.step + 1} ({step.weight:g} %) held for {span(step.hold_s)}, no objection"
+
+
+def proceeds(rollout: Rollout, snapshot: Snapshot) -> bool:
+    """Whether the plan says to go on without what has been waited for long enough."""
+    overdue = None if lost_arms(rollout) else _overdue(rollout, snapshot)
+    return overdue is not None and overdue[0] == "proceed"
 
 
 def pairs_compared(snapshot: Snapshot) -> int:
@@ -263,11 +263,12 @@ def _baking(rollout: Rollout, snapshot: Snapshot) -> Finding:
 
 
 def _taking_back(rollout: Rollout, snapshot: Snapshot) -> Finding:
-    # Where the canary never had traffic there is nothing that stable would have to take over.
-    carried = any(e.weight > 0 for e in rollout.epochs)
-    if snapshot.gateways_at < snapshot.revision:
+    if not snapshot.gateways_at:
+        problem = "no gateway has said which routes it runs"
+    elif snapshot.gateways_at < snapshot.revision:
         problem = f"a gateway still runs revision {snapshot.gateways_at} of the routes"
-    elif carried and snapshot.stable_ready < 1:
+    # Where the canary never had traffic there is nothing that stable would have to take over.
+    elif rollout.had_traffic and snapshot.stable_ready < 1:
         problem = f"version {rollout.stable} has no ready replica"
     else:
         # Why it was taken back is what people ask for later.
@@ -281,14 +282,18 @@ def _taking_back(rollout: Rollout, snapshot: Snapshot) -> Finding:
 def _stepping(rollout: Rollout, snapshot: Snapshot) -> Finding:
     if done := work_done(rollout, snapshot):
         return _forward(rollout, snapshot, done)
-    if rollout.state is State.AWAITING_GATE:
-        return _gate_refused(rollout, snapshot) or _gate_timeout(rollout, snapshot)
+    if rollout.state is State.AWAITING_GATE and (refused := _gate_refused(rollout, snapshot)):
+        return refused
+    if overdue := _overdue(rollout, snapshot):
+        return _timed_out(rollout, snapshot, *overdue)
+    if rollout.state is State.OBSERVING and _held(rollout, snapshot):
+        return Finding(reason="; ".join(missing_evidence(rollout, snapshot)), waiting=True)
+    return NOTHING
+
+
+def _held(rollout: Rollout, snapshot: Snapshot) -> bool:
     step = rollout.current_step
-    if rollout.state is State.SHADOWING or step is None:
-        return NOTHING
-    if snapshot.now - rollout.step_entered_at < step.hold_s:
-        return NOTHING
-    return _insufficient(rollout, snapshot)
+    return step is not None and snapshot.now - rollout.step_entered_at >= step.hold_s
 
 
 def _forward(rollout: Rollout, snapshot: Snapshot, done: str) -> Finding:
@@ -329,28 +334,38 @@ def _gate_refused(rollout: Rollout, snapshot: Snapshot) -> Finding | None:
     return Finding(Event.FAIL, f"the gate of step {rollout.step + 1} refused{about}")
 
 
-def _gate_timeout(rollout: Rollout, snapshot: Snapshot) -> Finding:
+def _overdue(rollout: Rollout, snapshot: Snapshot) -> tuple[TimeoutAction, str] | None:
+    """What to do where a gate or evidence has been waited for too long, and why."""
+    if rollout.state is State.AWAITING_GATE:
+        return _gate_timeout(rollout, snapshot)
+    if rollout.state is State.OBSERVING and _held(rollout, snapshot):
+        return _insufficient(rollout, snapshot)
+    return None
+
+
+def _gate_timeout(rollout: Rollout, snapshot: Snapshot) -> tuple[TimeoutAction, str] | None:
     step = rollout.current_step
     gate = step.gate if step is not None and step.gate is not None else Gate()
     if snapshot.now - rollout.entered_at < gate.timeout_s:
-        return NOTHING
+        return None
     reason = f"nobody passed the gate of step {rollout.step + 1} within {span(gate.timeout_s)}"
-    return _timed_out(rollout, snapshot, gate.on_timeout, reason)
+    return gate.on_timeout, reason
 
 
-def _insufficient(rollout: Rollout, snapshot: Snapshot) -> Finding:
+def _insufficient(rollout: Rollout, snapshot: Snapshot) -> tuple[TimeoutAction, str] | None:
     why = "; ".join(missing_evidence(rollout, snapshot))
     rule = rollout.spec.analysis.on_insufficient_data
     since = snapshot.now if rollout.waiting_since is None else rollout.waiting_since
-    if snapshot.now - since < rule.after_s:
-        return Finding(reason=why, waiting=True)
-    reason = f"evidence was still missing {span(rule.after_s)} after the hold: {why}"
-    return _timed_out(rollout, snapshot, rule.action, reason)
+    if not why or snapshot.now - since < rule.after_s:
+        return None
+    return rule.action, f"evidence was still missing {span(rule.after_s)} after the hold: {why}"
 
 
 def _timed_out(rollout: Rollout, snapshot: Snapshot, action: TimeoutAction, reason: str) -> Finding:
     if action == "proceed":
-        return _forward(rollout, snapshot, f"{reason}; the plan says to proceed")
+        # While webhooks are asked first, evidence is still what is missing.
+        going = _forward(rollout, snapshot, f"{reason}; the plan says to proceed")
+        return replace(going, waiting=True)
     return Finding(_EVENTS[action], reason)
 
 
@@ -362,7 +377,7 @@ def _asked(
     reason: str,
 ) -> Finding:
     """`then`, once every webhook of this event has said yes."""
-    for webhook, hook in zip(_webhooks(rollout, event), _hooks(rollout, event), strict=True):
+    for webhook, hook in zip(webhooks(rollout, event), hooks(rollout, event), strict=True):
         where = f"the {event} webhook at {place(webhook.url)}"
         answer = snapshot.providers.get(hook.key)
         if answer is not None and answer.fails >= webhook.failures:
@@ -373,16 +388,3 @@ def _asked(
         if answer is None or answer.outcome != "ok":
             return Finding(reason=f"waiting for {where}")
     return Finding(then, reason)
-
-
-def _webhooks(rollout: Rollout, event: str) -> tuple[Webhook, ...]:
-    return tuple(w for w in rollout.spec.webhooks if w.event == event)
-
-
-def _hooks(rollout: Rollout, event: str) -> tuple[Hook, ...]:
-    # One key a step: the yes to one step is no yes to the next.
-    place = f"{event}:{rollout.step + 1}"
-    return tuple(
-        Hook(f"{place}:{i}", w.url, w.timeout_s, w.secret_env)
-        for i, w in enumerate(_webhooks(rollout, event))
-    )

@@ -212,6 +212,11 @@ class Rollout:
         return self.spec.steps[self.step] if 0 <= self.step < len(self.spec.steps) else None
 
     @property
+    def had_traffic(self) -> bool:
+        """Whether the canary has answered anybody, or was to."""
+        return any(e.weight > 0 for e in self.epochs)
+
+    @property
     def planned_weight(self) -> float:
         """The canary's share (0..1) by the plan."""
         if self.stage in (State.PROMOTING, State.BAKING, State.SUCCEEDED):
@@ -290,12 +295,13 @@ class Snapshot:
     `canary_failed` says why the canary can never start ("" where it still may). `counts` maps an
     epoch to its totals over all gateways. `providers` maps the name of a trigger, or the key of a
     `Hook`, to its last answers. `revision` is the route table's, `gateways_at` the lowest that a
-    live gateway runs (`revision` where none lives). `restarts` are times at which a canary replica
-    came back after it had died; `breakers` are the gateways' local ones; `history` has what both
-    arms had failed at earlier ticks and at this one, oldest first, as far back as triggers look.
-    `prices` are USD an hour by replica, where known, `costs` the windows in which costs compare.
-    `gpus` are those of the canary's replicas, `incidents` what happened to both arms on theirs, and
-    `ceilings` the most rows that runs of the canary's replicas have, where they learned it.
+    gateway is known to run (0 where that is not known of any). `restarts` are times at which a
+    canary replica came back after it had died; `breakers` are the gateways' local ones; `history`
+    has what both arms had failed at earlier ticks and at this one, oldest first, as far back as
+    triggers look. `prices` are USD an hour by replica, where known, `costs` the windows in which
+    costs compare. `gpus` are those of the canary's replicas, `incidents` what happened to both arms
+    on theirs, and `ceilings` the most rows that runs of the canary's replicas have, where they
+    learned it.
     """
 
     now: float

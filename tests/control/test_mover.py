@@ -16,6 +16,7 @@ from serving.control.status import status
 from serving.core.gpus import NodeReport, XidEvent
 from serving.core.seats import Seat
 from tests.control.gpu_site import FakeGpu, GpuWorld, model, where
+from tests.control.rollout_world import QUICK
 
 
 @pytest.fixture
@@ -85,6 +86,31 @@ def test_an_error_of_the_hardware_moves_all_that_run_there(world: GpuWorld) -> N
         await world.seconds(controller, 8)
         assert len(on(controller)) == 2
         assert uuid not in on(controller)
+
+    run(scenario())
+
+
+def test_a_canary_that_moves_is_no_crash_loop(world: GpuWorld) -> None:
+    """Twice within the window of restarts: its replicas came in new seats each time."""
+
+    async def scenario() -> None:
+        controller = await world.begin({"m": model("1", 20)})
+        plan = {**QUICK, "steps": [{"weight": 20, "hold": 60}]}
+        await world.apply(controller, {"m": model("2", 20, rollout=plan)})
+        await world.until(controller, "observing")
+
+        async def evicted() -> None:
+            [lease] = [x for x in controller.placer.book.leases if "-v2-" in x.app]
+            await cordon(controller, lease.terms.uuid)
+            world.gpus.append(FakeGpu(f"GPU-{len(world.gpus)}"))
+            await world.seconds(controller, 8)
+            [moved] = [x for x in controller.placer.book.leases if "-v2-" in x.app]
+            assert moved.terms.uuid != lease.terms.uuid
+
+        await evicted()
+        await evicted()
+        rollout = (await controller.rollouts.find("m")).rollout
+        assert (rollout.state.value, rollout.restarts) == ("observing", ())
 
     run(scenario())
 

@@ -191,3 +191,89 @@ def test_what_a_store_delays_counts_and_a_rollout_without_traffic_has_no_figure(
 
 def _full(**_: object) -> None:
     raise StoreError("the disk is full")
+
+
+STILL = {**QUICK, "steps": [{"weight": 20, "hold": 600}]}
+DRAIN_S = 15
+"""`gateway.drain_s`, unless the configuration says otherwise."""
+
+
+async def told(controller: Controller, name: str) -> None:
+    await controller.command_rollout("m", name, actor="alice", reason="", expected_state=None)
+
+
+async def observing(world: RolloutWorld) -> Controller:
+    controller = await world.serving(rollout=STILL)
+    await world.change(controller, "2", rollout=STILL)
+    await world.until(controller, "observing")
+    await world.seconds(controller, 3)
+    return controller
+
+
+async def silence(world: RolloutWorld, controller: Controller, seconds: int) -> None:
+    """Time passes, and no gateway reports."""
+    for _ in range(seconds):
+        world.monotonic += 1.0
+        world.announce(controller)
+        await controller.step(look=True)
+
+
+async def state(controller: Controller) -> str:
+    return (await controller.rollouts.find("m")).rollout.state.value
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize(
+    ("command", "waits", "ends"),
+    [("abort", "rolling_back", "rolled_back"), ("promote", "promoting", "baking")],
+)
+def test_a_gateway_that_is_silent_is_waited_for(
+    tmp_path: Path, command: str, waits: str, ends: str, restart: bool
+) -> None:
+    """It answers clients by its last table, which nobody has told it to leave."""
+    world = RolloutWorld(tmp_path)
+
+    async def scenario() -> None:
+        controller = await observing(world)
+        silent = world.traffic.fleet.pop()
+        await told(controller, command)
+        if restart:
+            controller = await world.controller()
+        await world.seconds(controller, DRAIN_S - 4)
+        assert await state(controller) == waits
+        world.traffic.fleet.append(silent)
+        await world.seconds(controller, 2)
+        assert await state(controller) == ends
+
+    asyncio.run(scenario())
+
+
+def test_a_gateway_that_is_silent_for_longer_than_it_may_drain_is_gone(tmp_path: Path) -> None:
+    world = RolloutWorld(tmp_path)
+
+    async def scenario() -> None:
+        controller = await observing(world)
+        world.traffic.fleet.pop()
+        await told(controller, "abort")
+        await world.until(controller, "rolled_back", at_most=DRAIN_S + 2)
+        # The other one has confirmed long before.
+        assert (await controller.show_rollout("m"))["rollback_ms"] == pytest.approx(1000.0)
+
+    asyncio.run(scenario())
+
+
+def test_what_no_gateway_has_confirmed_is_not_confirmed(tmp_path: Path) -> None:
+    world = RolloutWorld(tmp_path)
+
+    async def scenario() -> None:
+        controller = await observing(world)
+        await silence(world, controller, DRAIN_S + 1)
+        await told(controller, "abort")
+        await silence(world, controller, QUICK["ready_timeout"] + 1)
+        rollout = (await controller.rollouts.find("m")).rollout
+        assert rollout.state == "rollback_failed"
+        assert rollout.reason.startswith("no gateway has said which routes it runs; ")
+        await world.seconds(controller, 2)
+        assert await state(controller) == "rolled_back"
+
+    asyncio.run(scenario())

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from serving.control.totals import MAX_INSTANCES
 from serving.core.rollout_types import ProviderState, Rollout
 from serving.core.types import Signature, TensorSpec
-from serving.errors import ConfigError, ConflictError, NotFound, RegistryError
+from serving.errors import ConfigError, ConflictError, NotFound, RegistryError, StoreError
 from tests.control.rollout_world import QUICK, RolloutWorld, default, replayed, standing, weight
 from tests.control.traffic import Version
-from tests.control.world import SIGNATURE
+from tests.control.world import SIGNATURE, gateway_report
 
 
 @pytest.fixture
@@ -103,6 +104,26 @@ def test_a_rollout_that_cannot_be_decided_stays_as_it_is(
         assert "rollout m:1 cannot be decided; it stays as it is" in caplog.text
         assert (await controller.rollouts.find("m")).rollout.state.value == "observing"
         await world.until(controller, "succeeded")
+
+    run(scenario())
+
+
+def test_what_cannot_be_saved_keeps_no_rollout_from_being_judged(
+    world: RolloutWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full() -> None:
+        raise StoreError("ledger: the disk quota is used up")
+
+    async def scenario() -> None:
+        world.traffic.versions["2"] = Version(failing=0.9)
+        controller = await world.serving()
+        await world.change(controller, "2")
+        monkeypatch.setattr(controller.ledger, "flush", full)
+        await world.until(controller, "rolled_back")
+        assert controller.last_error == "ledger: the disk quota is used up"
+        monkeypatch.undo()
+        await world.second(controller)
+        assert controller.last_error == ""
 
     run(scenario())
 
@@ -514,6 +535,46 @@ def test_a_webhook_that_has_not_answered_holds_the_rollout(world: RolloutWorld) 
 # Restarts.
 
 
+@pytest.mark.parametrize("then", ["abort", "resume"])
+def test_what_may_not_begin_is_not_loaded_by_a_pause(world: RolloutWorld, then: str) -> None:
+    webhook = {"event": "pre-rollout", "url": "http://change-freeze/ok"}
+    plan = {**QUICK, "webhooks": [webhook]}
+
+    async def scenario() -> None:
+        controller = await world.serving(rollout=plan)
+        await world.change(controller, "2", rollout=plan)
+        await world.seconds(controller, 3)
+        await tell(controller, "pause")
+        await world.seconds(controller, 3)
+        # Other settings of a rollout that is on its way.
+        await world.change(controller, "2", rollout=plan, replicas=2)
+        await world.seconds(controller, 3)
+        await tell(controller, then)
+        assert list(controller.state.desired.models["m"].versions) == ["1"]
+        await world.seconds(controller, 3)
+        assert [name for name in world.cluster.started if "-v2-" in name] == []
+        expected = {"abort": "rolled_back", "resume": "pending"}
+        assert (await controller.rollouts.find("m")).rollout.state == expected[then]
+
+    run(scenario())
+
+
+def test_a_version_that_is_not_ready_has_no_split_when_it_is_paused(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        controller = await world.serving(replicas=2)
+        await world.change(controller, "2", replicas=2)
+        await world.until(controller, "preparing")
+        await tell(controller, "pause")
+        await world.seconds(controller, 5)
+        route = controller.board.table.models["m"]
+        assert route.arms["2"].endpoints
+        assert route.split is None
+        await tell(controller, "resume")
+        await world.until(controller, "succeeded")
+
+    run(scenario())
+
+
 def test_evidence_is_the_same_after_a_restart(world: RolloutWorld) -> None:
     async def scenario() -> None:
         world.traffic.versions["2"] = Version(failing=0.03)
@@ -549,6 +610,24 @@ def test_counts_survive_gateways_and_their_folding(world: RolloutWorld) -> None:
         late = world.traffic.fleet[0].report()
         controller.report(late)
         assert trials.counts("m:1") == before, "a late report of one that was folded counts nothing"
+
+    run(scenario())
+
+
+def test_no_gateway_goes_unheard_because_others_died_and_the_controller_restarted(
+    world: RolloutWorld,
+) -> None:
+    async def scenario() -> None:
+        controller = await world.serving()
+        for n in range(MAX_INSTANCES + 1):
+            controller.report(gateway_report(f"crashing-{n}"))
+        await world.second(controller)
+        again = await world.controller()
+        # Replicas are heard before the first gateway.
+        world.announce(again)
+        await again.step(look=True)
+        await world.seconds(again, 8)
+        assert again.totals.live(world.monotonic, 1.0) == ["g0@1.0", "g1@1.0"]
 
     run(scenario())
 

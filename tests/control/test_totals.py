@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.control.totals import BASE, MAX_INSTANCES, Histogram, Totals
+from serving.control.totals import BASE, MAX_INSTANCES, SILENCE_S, Histogram, Totals
 from tests.control.world import gateway_report, model_row
 
 
@@ -75,17 +76,108 @@ def test_the_dead_are_folded_without_losing_or_repeating_a_count() -> None:
         report = gateway_report(f"g{n}", models=[model_row("1", 1)], unrouted={"not_found": 1})
         totals.report(report, float(n))
     now = many + 1000.0
-    past = totals.excess(now, 1.0)
+    past = totals.excess(now)
     assert len(past) == 10
     base = totals.folded(past)
     totals.fold(base, past)
-    assert totals.excess(now, 1.0) == []
+    assert totals.excess(now) == []
     assert totals_of(totals) == {("m", "1"): {"success": many}}
     assert totals.unrouted() == {"not_found": many}
     totals.report(gateway_report("g0", models=[model_row("1", 1)]), now)
     assert totals_of(totals) == {("m", "1"): {"success": many}}, "a report that was late"
     stored = {BASE: json.loads(json.dumps(base)), **totals.unsaved()}
     assert totals_of(Totals(stored)) == {("m", "1"): {"success": many}}
+
+
+def silent_ones(totals: Totals, count: int, now: float) -> None:
+    for n in range(count):
+        totals.report(gateway_report(f"silent-{n}", models=[model_row("1", 1)]), now)
+
+
+def fold(totals: Totals, now: float) -> list[str]:
+    past = totals.excess(now)
+    totals.fold(json.loads(json.dumps(totals.folded(past))), past)
+    return past
+
+
+def test_who_has_not_had_the_time_to_report_is_not_folded() -> None:
+    before = Totals({})
+    silent_ones(before, MAX_INSTANCES + 1, 0.0)
+    again = Totals(before.unsaved(), now=1000.0)
+    assert again.excess(1000.0 + SILENCE_S) == [], "a controller that has just begun to listen"
+    assert len(again.excess(1001.0 + SILENCE_S)) == 1
+
+
+def test_the_longest_silent_are_folded_first() -> None:
+    totals = Totals({})
+    totals.report(gateway_report("living"), 0.0)
+    silent_ones(totals, MAX_INSTANCES + 1, 0.0)
+    totals.report(gateway_report("living"), 400.0)
+    totals.report(gateway_report("silent-0"), 50.0)
+    assert fold(totals, 500.0) == ["silent-1@1.0"]
+
+
+def counted(requests: int, failed: int) -> dict[str, Any]:
+    trial = {"rollout": "m:1", "epoch": 1, "arm": "canary", "replica": "r"}
+    trial |= {"requests": requests, "failed": failed, "latency": {"3": requests - failed}}
+    split = {"rollout": "m:1", "breaker": "closed", "opened": failed}
+    return {"trials": [trial], "shadows": [], "splits": [split]}
+
+
+def test_a_gateway_that_was_taken_for_gone_is_heard_again_and_repeats_nothing() -> None:
+    totals = Totals({})
+    totals.trials.live = {"m:1"}
+
+    def report(success: int, failed: int, now: float) -> None:
+        rows = [model_row("1", success, in_flight=2)]
+        rollouts = counted(success, failed)
+        totals.report(gateway_report("g", 5, rows, rollouts=rollouts), now)
+
+    report(10, 1, 0.0)
+    silent_ones(totals, MAX_INSTANCES, 1.0)
+    assert fold(totals, 400.0) == ["g@1.0"]
+    report(12, 1, 401.0)
+    assert totals.live(401.0, 1.0) == ["g@1.0"]
+    assert totals.sum()["m", "1"].requests == {"success": 10 + MAX_INSTANCES}
+    report(17, 4, 402.0)
+
+    def check(totals: Totals) -> None:
+        total = totals.sum()["m", "1"]
+        assert total.requests == {"success": 15 + MAX_INSTANCES}
+        assert total.histograms["latency"].count == 15 + MAX_INSTANCES
+        row = totals.trials.counts("m:1")[1].canary["r"]
+        assert (row.requests, row.failed, row.latency.total) == (15, 4, 11)
+        assert totals.trials.breakers("m:1", ()).opened == 4
+
+    check(totals)
+    assert totals.sum(["g@1.0"])["m", "1"].in_flight == 2
+    unsaved = totals.unsaved()
+    totals.saved(unsaved)
+    assert totals.unsaved() == {}
+    totals = Totals(json.loads(json.dumps(unsaved)), 500.0)
+    totals.trials.live = {"m:1"}
+    check(totals)
+    report(17, 4, 501.0)
+    check(totals)
+    totals.fold(totals.folded(["g@1.0"]), ["g@1.0"])
+    check(totals)
+
+
+def test_a_malformed_row_of_a_gateway_that_is_gone_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    totals = Totals({})
+    totals.trials.live = {"m:1"}
+    rows = counted(5, 1)
+    rows["trials"] += [{**rows["trials"][0], "failed": 9}, {"rollout": "m:1"}]
+    rows["splits"] += [{"rollout": "m:1", "breaker": "ajar"}, {"opened": 9}]
+    totals.report(gateway_report("g", rollouts=rows), 0.0)
+    assert "9 failed requests of 5" in caplog.text
+    silent_ones(totals, MAX_INSTANCES, 1.0)
+    assert fold(totals, 400.0) == ["g@1.0"]
+    assert {r: c.requests for r, c in totals.trials.counts("m:1")[1].canary.items()} == {"r": 5}
+    assert totals.trials.breakers("m:1", ()).opened == 1
+    assert totals.trials.totals("m:1")["shielded"] == 0
 
 
 def test_a_malformed_report_raises_and_counts_nothing() -> None:

@@ -34,7 +34,8 @@ class FakeCluster:
 
     Versions that are `broken` fail at their start, those that are `refused` are never started,
     those that are `silent` say nothing any more, replicas of `slow` seats are not ready yet.
-    `generation` counts how often replicas of a version were replaced.
+    `generation` counts how often replicas of a version were replaced. An application that is
+    started again has replicas of new names.
     """
 
     apps: dict[str, AppSpec] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class FakeCluster:
             if app.replica.version in self.silent:
                 continue
             first = app.count * self.generation.get(app.replica.version, 0)
+            first += 100 * (self.started.count(name) - 1)
             failed = app.replica.version in self.broken
             if not failed:
                 self.phases[name] = Phase.RUNNING

@@ -531,6 +531,34 @@ def test_webhooks_are_asked_when_their_time_has_come() -> None:
     assert asked == ["pre-rollout:0:0", "pre-step:0:0", "pre-step:1:0", "pre-step:2:0"]
 
 
+PROCEEDING = {
+    "gate": {"steps": (Step(5, 60, gate=Gate(on_timeout="proceed", timeout_s=100)), Step(50, 60))},
+    "evidence": {
+        "steps": (Step(5, 60), Step(50, 60)),
+        "analysis": analysis(on_insufficient_data=InsufficientData(100, "proceed")),
+    },
+}
+
+
+@pytest.mark.parametrize("missing", PROCEEDING)
+def test_a_plan_that_proceeds_asks_the_webhooks_first(missing: str) -> None:
+    spec = plan(webhooks=(Webhook("pre-step", "http://b"),), shadow=None, **PROCEEDING[missing])
+    w = world(spec, providers={"pre-step:0:0": OK}, rate=200 if missing == "gate" else 0)
+    w.to(State.OBSERVING)
+    began, asked = w.now, lambda: [h.key for h in due_hooks(w.rollout, w.snapshot())]
+    w.until(lambda _: "pre-step:1:0" in asked(), within=400)
+    assert w.now - began == pytest.approx(160, abs=2), "the hold, and what was waited for"
+    for _ in range(200):
+        w.tick()
+        assert asked() == ["pre-step:1:0"], "until it has answered"
+        assert w.next.startswith("Step 2 (50 %) begins after waiting for the pre-step webhook at ")
+    assert w.rollout.step == 0
+    w.providers["pre-step:1:0"] = OK
+    w.tick()
+    assert (w.rollout.state, w.rollout.step) == (State.OBSERVING, 1)
+    assert "the plan says to proceed" in w.rollout.reason
+
+
 def test_webhooks_that_refuse_take_the_version_back() -> None:
     w = world(hooked(), providers={"pre-rollout:0:0": ProviderState("fail", fails=2)})
     assert w.tick().state is State.PENDING
