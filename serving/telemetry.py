@@ -157,7 +157,7 @@ ROLLOUT_REQUESTS: Final = Metric(
     "serving_rollout_requests",
     "counter",
     "Analysed requests by arm and outcome: answered or failed. Beside them, under arm canary: "
-    "shielded (answered by stable), overridden (by header) and diverted (canary not ready).",
+    "shielded (answered by stable), overridden (by header) and diverted (the canary could not take it).",
     (*_ROLLOUT, "arm", "outcome"),
 )
 ROLLOUT_PAIRS: Final = Metric(

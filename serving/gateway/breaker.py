@@ -15,25 +15,20 @@ RETRY_S: Final = 5.0
 class Breaker:
     """Opens after `limit` failed batches in a row. `opened` is called each time."""
 
-    __slots__ = ("_clock", "_in_a_row", "_limit", "_opened", "_retry_at", "openings")
+    __slots__ = ("_clock", "_in_a_row", "_limit", "_opened", "_retry_at", "open", "openings")
 
     def __init__(self, limit: int, clock: Callable[[], float], opened: Callable[[], None]) -> None:
         self._limit = limit
         self._clock = clock
         self._opened = opened
         self._in_a_row = 0
-        self._retry_at: float | None = None
+        self._retry_at = 0.0
+        # Whether requests are kept from the canary.
+        self.open = False
         self.openings = 0
 
-    @property
-    def open(self) -> bool:
-        """Whether requests are kept from the canary."""
-        return self._retry_at is not None
-
     def lets_through(self) -> bool:
-        """Whether a request may go to the canary: every one, or one every `RETRY_S` seconds."""
-        if self._retry_at is None:
-            return True
+        """Whether a request may go to the canary while it is open: one every `RETRY_S` seconds."""
         now = self._clock()
         if now < self._retry_at:
             return False
@@ -43,12 +38,13 @@ class Breaker:
     def succeeded(self) -> None:
         """A batch was answered."""
         self._in_a_row = 0
-        self._retry_at = None
+        self.open = False
 
     def failed(self) -> None:
         """A batch failed."""
         self._in_a_row += 1
-        if self._in_a_row >= self._limit and self._retry_at is None:
+        if self._in_a_row >= self._limit and not self.open:
+            self.open = True
             self._retry_at = self._clock() + RETRY_S
             self.openings += 1
             self._opened()

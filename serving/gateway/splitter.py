@@ -71,6 +71,12 @@ class Splitter:
         self.stable, self.canary = stable, canary
         # A draw belongs to one epoch.
         self._draws.end()
+        # Rows that waited at the canary when it began, how many more could have without a second
+        # thought, and how many of these it has left.
+        self._waiting = self._room = self._spare = 0
+        # With so much time there is no second thought about a request.
+        share = _CANARY_SHARE if split.shield else 1.0
+        self._patience = canary.arm.queue_max_wait_s / share
         # Of a request that is not in either arm yet: the settings, and what counts its refusal.
         self.arm, self.recorder = stable.arm, stable.recorder
         self._weight = split.weight
@@ -83,6 +89,8 @@ class Splitter:
         self.headers = frozenset({*(n for n, _, _ in self._overrides), *_unit_headers(split.unit)})
         self._stable_trial = self._trial(split.epoch, STABLE)
         self._canary_trial = self._trial(split.epoch, CANARY)
+        # The breaker and the shield hear of what it has; the controller does not.
+        self._uncounted = Trial(self, self.rollout, split.epoch, CANARY)
         self.memory.configure(split.feedback)
         self._stable_trial.observer = self._canary_trial.observer = self._observer(split)
         self.shadow.configure(split, stable, canary)
@@ -111,8 +119,9 @@ class Splitter:
     def admit(self, call: Call) -> None:
         """Choose the arm of a request and queue it there. Raises `Overloaded` or `Unavailable`.
 
-        A canary that has no room or no replica is passed over, and the request is then in neither
-        arm's counts.
+        A request is evidence, whichever arm it is drawn for, only if either could take it just
+        then. Where it is drawn for a canary that cannot, stable takes it. Otherwise the canary's
+        counts would lack what it could not take, and stable's not.
         """
         chosen = self._override(call) if self._overrides else None
         if chosen is not None:
@@ -123,29 +132,90 @@ class Splitter:
                 return
         else:
             unit = call.sink.given_id if self._by_id else self._unit(call)
-            point = self._draws.point(call) if unit is None else unit_point(self._salt, unit)
+            if unit is None:
+                point = self._draws.point(call)
+                if self._draws.first is call:
+                    self._look()
+                self._spare = spare = self._spare - call.rows
+            else:
+                point = unit_point(self._salt, unit)
+                spare = -1 if self.breaker.open else self.canary.spare_rows() - call.rows
+            # Most of the time there is no need for a second thought.
+            fits = (
+                spare >= 0 and call.deadline - call.arrival >= self._patience
+            ) or self._has_room(call, drawn=unit is None)
             if point >= self._weight:
-                call.trial = self._stable_trial
+                if fits:
+                    call.trial = self._stable_trial
                 if self._shadowing:
                     self.shadow.sample(call)
-            elif self._admit_to_canary(call):
+            elif fits and self.canary.ready:
+                self._send_to_canary(call, drawn=unit is None)
                 return
+            elif self._probes(call):
+                return
+            else:
+                self.diverted += 1
         self.stable.admit(call)
 
-    def _admit_to_canary(self, call: Call) -> bool:
-        canary, deadline = self.canary, call.deadline
-        if self._shield:
-            call.final_deadline = deadline
-            call.deadline = call.arrival + _CANARY_SHARE * (deadline - call.arrival)
-        # Last the breaker: it lets few through once it is open.
-        if canary.ready and canary.has_room(call) and self.breaker.lets_through():
-            call.arm = canary
-            call.trial = self._canary_trial
-            canary.admit(call)
+    def _look(self) -> None:
+        """Look how much room the canary has before a draw.
+
+        Whether a request of the draw fits must not depend on how the draw falls.
+        """
+        self._spare = self._room = -1 if self.breaker.open else self.canary.spare_rows()
+        self._waiting = self.canary.queue_depth
+
+    def _rows_before(self, call: Call) -> int:
+        """The rows of a call's draw before its own."""
+        return self._room - self._spare - call.rows
+
+    def _has_room(self, call: Call, *, drawn: bool) -> bool:
+        """Whether the canary could take a call, one of a draw perhaps."""
+        canary = self.canary
+        if not self._weight:
+            # Nothing is drawn for it.
             return True
-        call.deadline, call.final_deadline = deadline, 0.0
-        self.diverted += 1
-        return False
+        if not canary.ready or self.breaker.open:
+            return False
+        ahead = self._waiting + self._rows_before(call) if drawn else canary.queue_depth
+        return canary.has_room_behind(ahead, call, self._canary_deadline(call))
+
+    def _canary_deadline(self, call: Call) -> float:
+        if not self._shield:
+            return call.deadline
+        return call.arrival + _CANARY_SHARE * (call.deadline - call.arrival)
+
+    def _send_to_canary(self, call: Call, *, drawn: bool) -> None:
+        stable = self.stable
+        # What stable would refuse is in none of its counts.
+        ahead = stable.queue_depth + (self._rows_before(call) if drawn else 0)
+        if stable.has_room_behind(ahead, call, call.deadline):
+            call.trial = self._canary_trial
+        else:
+            call.trial, call.draw = self._uncounted, None
+        self._give(call)
+
+    def _probes(self, call: Call) -> bool:
+        """Whether a call finds out for an open breaker how the canary is; it is no evidence."""
+        breaker, canary = self.breaker, self.canary
+        if not (breaker.open and canary.ready):
+            return False
+        ahead = canary.queue_depth
+        if not canary.has_room_behind(ahead, call, self._canary_deadline(call)):
+            return False
+        # Last the breaker: it lets few through.
+        if not breaker.lets_through():
+            return False
+        call.trial, call.draw = self._uncounted, None
+        self._give(call)
+        return True
+
+    def _give(self, call: Call) -> None:
+        if self._shield:
+            call.deadline, call.final_deadline = self._canary_deadline(call), call.deadline
+        call.arm = self.canary
+        self.canary.take(call)
 
     # Units.
 
@@ -275,7 +345,8 @@ def _unit_finder(unit: str) -> Callable[[Call], bytes | None]:
     if kind == "cookie":
         return lambda call: _cookie(call.sink.header(_COOKIE), name.encode())
     if kind == "header":
-        return lambda call: call.sink.header(name.lower().encode())
+        header = name.lower().encode()
+        return lambda call: call.sink.header(header)
     return lambda call: call.sink.given_id
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -158,6 +157,7 @@ def test_a_canary_without_room_gets_nothing(rollout: Rollout) -> None:
 def test_a_canary_that_could_not_answer_in_its_part_of_the_time_gets_nothing(
     rollout: Rollout,
 ) -> None:
+    rollout.limits = {"queue_max_wait_s": 60.0}
     rollout.begin(1.0)
     rollout.canary.backend.gate.clear()
     gateway = rollout.gateway
@@ -168,7 +168,6 @@ def test_a_canary_that_could_not_answer_in_its_part_of_the_time_gets_nothing(
             client.send(infer("m", i))
             gateway.until(lambda n=i + 1: batcher.in_flight + batcher.queue_depth == n)
         # One row waits, which takes 4 s: within the client's time, and beyond the canary's.
-        gateway.run(lambda: batcher.configure(replace(batcher.arm, queue_max_wait_s=60.0)))
         assert arm_of(other, "X-Request-Timeout-Ms: 6000") == "stable"
         assert rollout.summary()["diverted"] == 1
         rollout.canary.backend.gate.set()
