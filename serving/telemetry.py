@@ -157,7 +157,8 @@ ROLLOUT_REQUESTS: Final = Metric(
     "serving_rollout_requests",
     "counter",
     "Analysed requests by arm and outcome: answered or failed. Beside them, under arm canary: "
-    "shielded (answered by stable), overridden (by header) and diverted (the canary could not take it).",
+    "shielded (answered by stable), overridden (by header) and diverted (the canary could not take "
+    "it). Where units stick to their arm, units instead of requests.",
     (*_ROLLOUT, "arm", "outcome"),
 )
 ROLLOUT_PAIRS: Final = Metric(

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from serving.core.assignment import unit_hash, unit_point
+from serving.core.assignment import unit_point
 from serving.core.routing import Split
 from serving.errors import ServingError
 from serving.gateway.breaker import Breaker
@@ -21,7 +20,8 @@ from serving.gateway.draws import Draws
 from serving.gateway.infer import TICK_S, Call, Sink, monotonic
 from serving.gateway.observer import Memory, Observer
 from serving.gateway.shadow import Shadow
-from serving.gateway.trials import CANARY, STABLE, Trial
+from serving.gateway.trials import CANARY, STABLE, Trial, Unit
+from serving.gateway.units import Units
 
 if TYPE_CHECKING:
     from serving.core.protocol import InferCodec
@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 # Of its time a shielded request spends at most so much at the canary: the rest is stable's.
 _CANARY_SHARE: Final = 0.5
 _COOKIE: Final = b"cookie"
-# So many failed units are remembered an arm, the latest.
-_MAX_UNITS: Final = 1 << 16
 
 
 class Splitter:
@@ -57,11 +55,9 @@ class Splitter:
         self._watch = watch
         self._draws = Draws(loop)
         self._trials: dict[tuple[int, str], Trial] = {}
-        # By arm, in order of their first failure.
-        self._failed_units: dict[str, OrderedDict[int, None]] = {
-            STABLE: OrderedDict(),
-            CANARY: OrderedDict(),
-        }
+        self._epoch = -1
+        # Whether requests had units that stick to their arm.
+        self.sticks = False
         self.shadow = Shadow(split.rollout, loop, watch)
         self.memory = Memory()
         self.configure(split, stable, canary)
@@ -87,6 +83,8 @@ class Splitter:
         self._unit = _unit_finder(split.unit)
         self._by_id = split.unit == "request"
         self.headers = frozenset({*(n for n, _, _ in self._overrides), *_unit_headers(split.unit)})
+        if split.epoch != self._epoch:
+            self._epoch, self._units = split.epoch, Units(self._salt)
         self._stable_trial = self._trial(split.epoch, STABLE)
         self._canary_trial = self._trial(split.epoch, CANARY)
         # The breaker and the shield hear of what it has; the controller does not.
@@ -131,32 +129,42 @@ class Splitter:
                 self.canary.admit(call)
                 return
         else:
-            unit = call.sink.given_id if self._by_id else self._unit(call)
-            if unit is None:
+            name = call.sink.given_id if self._by_id else self._unit(call)
+            if name is None:
                 point = self._draws.point(call)
                 if self._draws.first is call:
                     self._look()
                 self._spare = spare = self._spare - call.rows
             else:
-                point = unit_point(self._salt, unit)
+                if self._by_id:
+                    # Seldom comes again, and need not be remembered.
+                    point = unit_point(self._salt, name)
+                else:
+                    unit = self._units.of(name)
+                    call.draw, point, self.sticks = unit, unit.point, True
                 spare = -1 if self.breaker.open else self.canary.spare_rows() - call.rows
             # Most of the time there is no need for a second thought.
             fits = (
                 spare >= 0 and call.deadline - call.arrival >= self._patience
-            ) or self._has_room(call, drawn=unit is None)
+            ) or self._has_room(call, drawn=name is None)
             if point >= self._weight:
                 if fits:
                     call.trial = self._stable_trial
                 if self._shadowing:
                     self.shadow.sample(call)
             elif fits and self.canary.ready:
-                self._send_to_canary(call, drawn=unit is None)
+                self._send_to_canary(call, drawn=name is None)
                 return
             elif self._probes(call):
                 return
             else:
                 self.diverted += 1
         self.stable.admit(call)
+
+    def id_of(self, call: Call) -> Unit | None:
+        """The id of a failed request, if it was drawn by that: one tried again fails once."""
+        name = call.sink.given_id if self._by_id else None
+        return None if name is None else self._units.of(name)
 
     def _look(self) -> None:
         """Look how much room the canary has before a draw.
@@ -217,27 +225,11 @@ class Splitter:
         call.arm = self.canary
         self.canary.take(call)
 
-    # Units.
-
     def _override(self, call: Call) -> str | None:
         for name, value, arm in self._overrides:
             if call.sink.header(name) == value:
                 return arm
         return None
-
-    def first_failure(self, arm: str, call: Call) -> bool:
-        """Whether the call's unit has not failed in this arm before; then it is remembered."""
-        unit = self._unit(call)
-        if unit is None:
-            return True
-        failed = self._failed_units[arm]
-        key = unit_hash(self._salt, unit)
-        if key in failed:
-            return False
-        failed[key] = None
-        if len(failed) > _MAX_UNITS:
-            failed.popitem(last=False)
-        return True
 
     # The shield.
 

@@ -351,34 +351,6 @@ def test_failures_are_counted_for_the_replica_that_failed(two_canaries: Rollout)
     assert counts["canary-2"].failed == counts["canary-2"].requests == 4
 
 
-@pytest.mark.parametrize("unit", ["header:x-user", "request"])
-def test_a_unit_fails_once(rollout: Rollout, unit: str) -> None:
-    header = "X-User: somebody" if unit != "request" else "X-Request-Id: tried-again"
-    rollout.begin(1.0, epoch=1, unit=unit)
-    fails(rollout)
-    with rollout.gateway.connect() as client:
-        for _ in range(3):
-            assert arm_of(client, header) == "stable"
-        rollout.begin(1.0, epoch=2, unit=unit)
-        assert arm_of(client, header) == "stable"
-        rollout.canary.backend.failure = None
-        assert arm_of(client, header) == "canary"
-    first, second = rollout.canary_counts(1), rollout.canary_counts(2)
-    assert (first.requests, first.failed, first.failed_batches) == (3, 1, 1)
-    assert (second.requests, second.failed, second.batches) == (2, 0, 1)
-
-
-def test_a_sticky_unit_is_known_after_stable_took_over(rollout: Rollout) -> None:
-    rollout.begin(1.0, unit="header:x-user")
-    rollout.canary.backend.gate.clear()
-    with rollout.gateway.connect() as client:
-        for _ in range(2):
-            assert arm_of(client, "X-User: somebody", timeout(0.1)) == "stable"
-        rollout.gateway.until(lambda: not list(rollout.gateway.batcher("m", "2").outstanding()))
-    counts = rollout.canary_counts()
-    assert (counts.requests, counts.failed) == (2, 1)
-
-
 class TestBreaker:
     """A canary that fails one batch after the other is cut off before the controller knows."""
 
