@@ -190,14 +190,14 @@ class Cluster:
         tally.batches += 1
         return True
 
-    def count_failure(self, trial: Trial, tally: Tally, draw: Draw | None) -> bool:
-        """Count the batch as failed, unless it has been, or the draw has; whether it was now."""
+    def count_failure(self, trial: Trial, tally: Tally, draw: Draw | None) -> None:
+        """Count the batch as failed, unless it has been, or the draw has."""
         if draw is not None:
             if draw.failed is not None and draw.failed is not self:
-                return False
+                return
             draw.failed = self
         if not self.first(trial):
-            return False
+            return
         if draw is not None and draw.tally is not None:
             # Another run has answered a part of it: the batch that was counted then has failed.
             self._tallies.setdefault(trial, draw.tally)
@@ -206,7 +206,6 @@ class Cluster:
         tally.failed_batches += 1
         if draw is not None:
             draw.tally = tally
-        return True
 
     def first(self, who: object) -> bool:
         """Whether `who` hears of the failure for the first time."""
@@ -349,6 +348,13 @@ class Trial:
     def count_failure(self, call: Call) -> None:
         """Count a failed request; of a batch, and of a unit that sticks to its arm, the first."""
         tally, draw = self.tally(call.replica), call.draw
+        cluster = call.cluster or Cluster()
+        if self.arm == CANARY:
+            breaker = self.splitter.breaker
+            # Whose batch it was makes no difference to it. Requests that waited in vain are no
+            # batches, but reason enough to send no more.
+            if cluster.first(breaker) or not call.sent:
+                breaker.failed()
         if isinstance(draw, Unit):
             if not draw.fails(tally):
                 return
@@ -357,10 +363,7 @@ class Trial:
             if draw is None and (draw := self.splitter.id_of(call)) and draw.failed:
                 return
         tally.failed += 1
-        first = (call.cluster or Cluster()).count_failure(self, tally, draw)
-        # Requests that waited in vain are no batches, but reason enough to send no more.
-        if self.arm == CANARY and (first or not call.sent):
-            self.splitter.breaker.failed()
+        cluster.count_failure(self, tally, draw)
 
     def label(self, replica: str, *, wrong: bool) -> None:
         """Count a label of an answer that a replica gave."""

