@@ -310,7 +310,7 @@ class Trial:
         if self._count_batch(tally, last) if new else last.cluster is None:
             tally.batch_latency.extend([max(latencies)])
         if self.arm == CANARY:
-            self.splitter.breaker.succeeded()
+            self.splitter.breaker.succeeded(last.sent)
         if self.observer is not None:
             self.observer.note(self, replica, batch, positions, answer)
 

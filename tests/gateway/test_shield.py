@@ -393,6 +393,27 @@ class TestBreaker:
             assert [arm_of(client) for _ in range(3)] == ["canary"] * 3
         assert (rollout.summary()["breaker"], rollout.summary()["opened"]) == ("closed", 1)
 
+    def test_an_answer_from_before_it_opened_does_not_close_it(self, two_canaries: Rollout) -> None:
+        rollout = two_canaries
+        rollout.limits = {"max_size": 1}
+        rollout.begin(1.0, breaker_failures=3)
+        first, second = (replica.backend for replica in rollout.canaries)
+        first.gate.clear()
+        second.gate.clear()
+        batcher = rollout.gateway.batcher("m", "2")
+        with callers(rollout.gateway, 2) as clients, rollout.gateway.connect() as other:
+            for i, client in enumerate(clients):
+                client.send(infer("m", i))
+                eventually(lambda n=i + 1: first.running + second.running == n)
+            # One hangs with a good answer, the other fails whatever comes.
+            first.failure = RuntimeError("a bad version")
+            first.gate.set()
+            eventually(lambda: arm_of(other) and rollout.summary()["breaker"] == "open")
+            second.gate.set()
+            assert {answered_by(client.reply()) for client in clients} == {"canary", "stable"}
+            rollout.gateway.until(lambda: not list(batcher.outstanding()))
+        assert (rollout.summary()["breaker"], rollout.summary()["opened"]) == ("open", 1)
+
     def test_an_answer_in_between_keeps_it_closed(self, rollout: Rollout) -> None:
         rollout.begin(1.0, breaker_failures=2)
         with rollout.gateway.connect() as client:
