@@ -155,7 +155,7 @@ class Splitter:
             elif fits and self.canary.ready:
                 self._send_to_canary(call, drawn=name is None)
                 return
-            elif self._probes(call):
+            elif self._goes_all_the_same(call):
                 return
             else:
                 self.diverted += 1
@@ -204,20 +204,33 @@ class Splitter:
             call.trial, call.draw = self._uncounted, None
         self._give(call)
 
-    def _probes(self, call: Call) -> bool:
-        """Whether a call finds out for an open breaker how the canary is; it is no evidence."""
-        breaker, canary = self.breaker, self.canary
-        if not (breaker.open and canary.ready):
+    def _goes_all_the_same(self, call: Call) -> bool:
+        """Whether a call that is no evidence goes to the canary nevertheless.
+
+        Raises `Overloaded` where only the canary could answer, and has no room.
+        """
+        canary = self.canary
+        if not canary.ready:
             return False
-        ahead = canary.queue_depth
-        if not canary.has_room_behind(ahead, call, self._canary_deadline(call)):
-            return False
-        # Last the breaker: it lets few through.
-        if not breaker.lets_through():
+        if not self.stable.ready:
+            call.arm, call.trial, call.draw = canary, self._uncounted, None
+            canary.admit(call)
+            return True
+        if not self._probes(call):
             return False
         call.trial, call.draw = self._uncounted, None
         self._give(call)
         return True
+
+    def _probes(self, call: Call) -> bool:
+        """Whether a call finds out for an open breaker how the canary is."""
+        breaker, canary = self.breaker, self.canary
+        # Last the breaker: it lets few through.
+        return (
+            breaker.open
+            and canary.has_room_behind(canary.queue_depth, call, self._canary_deadline(call))
+            and breaker.lets_through()
+        )
 
     def _give(self, call: Call) -> None:
         if self._shield:

@@ -447,6 +447,22 @@ class TestBreaker:
         assert rollout.summary()["breaker"] == "open"
         assert rollout.canary_counts().failed == 1
 
+    def test_where_stable_is_gone_it_keeps_nothing_from_the_canary(self, rollout: Rollout) -> None:
+        rollout.limits = {"queue_hold_s": 0.0}
+        rollout.begin(1.0, breaker_failures=3)
+        fails(rollout)
+        gateway = rollout.gateway
+        with gateway.connect() as client:
+            assert [arm_of(client) for _ in range(3)] == ["stable"] * 3
+            assert rollout.summary()["breaker"] == "open"
+            rollout.canary.backend.failure = None
+            rollout.stable.stop()
+            gateway.until(lambda: not gateway.batcher("m", "1").ready)
+            assert [arm_of(client) for _ in range(3)] == ["canary"] * 3
+        # It was well: the breaker heard, the controller did not.
+        assert rollout.summary()["breaker"] == "closed"
+        assert rollout.canary_counts().requests == 3
+
     def test_what_clients_do_wrong_does_not_open_it(self, rollout: Rollout) -> None:
         rollout.begin(1.0, breaker_failures=1)
         with rollout.gateway.connect() as client:
