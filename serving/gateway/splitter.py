@@ -17,6 +17,7 @@ from serving.core.routing import Split
 from serving.errors import ServingError
 from serving.gateway.breaker import Breaker
 from serving.gateway.draws import Draws
+from serving.gateway.headers import COOKIE
 from serving.gateway.infer import TICK_S, Call, Sink, monotonic
 from serving.gateway.observer import Memory, Observer
 from serving.gateway.shadow import Shadow
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 
 # Of its time a shielded request spends at most so much at the canary: the rest is stable's.
 _CANARY_SHARE: Final = 0.5
-_COOKIE: Final = b"cookie"
 
 
 class Splitter:
@@ -130,7 +130,8 @@ class Splitter:
                 return
         else:
             name = call.sink.given_id if self._by_id else self._unit(call)
-            if name is None:
+            if not name:
+                # Nobody, or an empty value that all have who are nobody.
                 point = self._draws.point(call)
                 if self._draws.first is call:
                     self._look()
@@ -146,14 +147,14 @@ class Splitter:
             # Most of the time there is no need for a second thought.
             fits = (
                 spare >= 0 and call.deadline - call.arrival >= self._patience
-            ) or self._has_room(call, drawn=name is None)
+            ) or self._has_room(call, drawn=not name)
             if point >= self._weight:
                 if fits:
                     call.trial = self._stable_trial
                 if self._shadowing:
                     self.shadow.sample(call)
             elif fits and self.canary.ready:
-                self._send_to_canary(call, drawn=name is None)
+                self._send_to_canary(call, drawn=not name)
                 return
             elif self._goes_all_the_same(call):
                 return
@@ -339,7 +340,7 @@ class _Judged:
 def _unit_headers(unit: str) -> list[bytes]:
     """The request headers that a kind of unit is found in; names are lower-case."""
     kind, _, name = unit.partition(":")
-    return {"header": [name.lower().encode()], "cookie": [_COOKIE]}.get(kind, [])
+    return {"header": [name.lower().encode()], "cookie": [COOKIE]}.get(kind, [])
 
 
 def _unit_finder(unit: str) -> Callable[[Call], bytes | None]:
@@ -348,7 +349,7 @@ def _unit_finder(unit: str) -> Callable[[Call], bytes | None]:
     if kind == "parameter":
         return lambda call: _text(call.request.parameters.get(name))
     if kind == "cookie":
-        return lambda call: _cookie(call.sink.header(_COOKIE), name.encode())
+        return lambda call: _cookie(call.sink.header(COOKIE), name.encode())
     if kind == "header":
         header = name.lower().encode()
         return lambda call: call.sink.header(header)

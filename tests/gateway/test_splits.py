@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import pytest
 
@@ -95,6 +96,31 @@ def test_who_does_not_say_who_he_is_is_drawn(rollout: Rollout, unit: str) -> Non
     with rollout.gateway.connect() as client:
         arms = {arm_of(client, "Cookie: other=1; user") for _ in range(60)}
     assert arms == {"canary", "stable"}
+
+
+@pytest.mark.parametrize(
+    ("unit", "empty"),
+    [
+        ("header:x-user", {"headers": ["X-User:"]}),
+        ("cookie:user", {"headers": ["Cookie: user=; a=b"]}),
+        ("parameter:user", {"parameters": {"user": ""}}),
+    ],
+    ids=["header", "cookie", "body"],
+)
+def test_an_empty_value_is_nobody(rollout: Rollout, unit: str, empty: dict[str, Any]) -> None:
+    rollout.begin(0.5, unit=unit)
+    with rollout.gateway.connect() as client:
+        arms = {answered_by(client.ask(infer("m", 1, **empty))) for _ in range(60)}
+    assert arms == {"canary", "stable"}
+
+
+def test_cookies_may_come_in_several_headers(rollout: Rollout) -> None:
+    rollout.begin(0.5, unit="cookie:user")
+    with rollout.gateway.connect() as client:
+        for user in range(12):
+            expected = "canary" if unit_point(SALT.encode(), b"%d" % user) < 0.5 else "stable"
+            assert arm_of(client, f"Cookie: user={user}", "Cookie: theme=dark") == expected
+            assert arm_of(client, "Cookie: theme=dark", f"Cookie: user={user}") == expected
 
 
 def test_testers_choose_their_arm_and_are_not_analysed(rollout: Rollout) -> None:
