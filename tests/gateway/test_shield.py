@@ -87,7 +87,9 @@ def test_without_a_shield_the_client_meets_the_failure(rollout: Rollout) -> None
     rollout.begin(1.0, shield=False)
     fails(rollout)
     with rollout.gateway.connect() as client:
-        assert client.ask(infer("m", 3)).status == 500
+        reply = client.ask(infer("m", 3))
+        assert reply.status == 500
+        assert (reply.headers["x-arm"], reply.headers["x-model-version"]) == ("canary", "2")
     assert rollout.canary_counts().failed == 1
     assert rollout.summary()["shielded"] == 0
     assert rollout.gateway.outcomes("m", "2") == {"model_failed": 1}
@@ -98,6 +100,7 @@ def test_where_both_fail_the_client_gets_the_error_of_stable(rollout: Rollout) -
     with rollout.gateway.connect() as client:
         reply = client.ask(infer("m", RAISES))
         assert reply.status == 500
+        assert reply.headers["x-arm"] == "stable"
         assert "version 1" in reply.error
     assert rollout.canary_counts().failed == 1
     assert rollout.counts().stable == {}
