@@ -189,6 +189,18 @@ ROLLBACK_SECONDS: Final = Metric(
 FEEDBACK_PENDING: Final = Metric(
     "serving_feedback_pending", "gauge", "Labels that no gateway has joined to an answer yet."
 )
+FEEDBACK_DROPPED: Final = Metric(
+    "serving_feedback_dropped",
+    "counter",
+    "Labels that were dropped for later ones, being too many.",
+)
+FEEDBACK_FORGOTTEN: Final = Metric(
+    "serving_feedback_forgotten",
+    "counter",
+    "Answers that gateways forgot before `feedback.window` was over, being more than "
+    "`feedback.max_entries`: labels of such old ones are not joined.",
+    _ROLLOUT,
+)
 
 _GPU: Final = ("gpu", "host")
 GPU_INFO: Final = Metric(
@@ -355,6 +367,8 @@ METRICS: Final = (
     ROLLOUT_ACCURACY,
     ROLLBACK_SECONDS,
     FEEDBACK_PENDING,
+    FEEDBACK_DROPPED,
+    FEEDBACK_FORGOTTEN,
     GPU_INFO,
     GPU_MEMORY_TOTAL,
     GPU_MEMORY_USED,

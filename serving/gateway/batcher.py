@@ -145,10 +145,8 @@ class ArmBatcher:
 
     def has_room(self, call: Call) -> bool:
         """Whether a call would be let in now, and could be answered in time."""
-        rows = self._queue.rows
-        return not (rows or self._down_since is not None) or self._has_room(
-            call, rows, call.deadline
-        )
+        rows, down = self._queue.rows, self._down_since is not None
+        return not (rows or down) or self._has_room(call, rows, call.deadline)
 
     def has_room_behind(self, ahead: int, call: Call, deadline: float) -> bool:
         """Whether a call that has just arrived would be let in behind so many rows.

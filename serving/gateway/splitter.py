@@ -289,6 +289,7 @@ class Splitter:
             "shielded": self.shielded,
             "overridden": self.overridden,
             "diverted": self.diverted,
+            "forgotten": self.memory.forgotten,
         }
 
 
