@@ -332,6 +332,7 @@ class FeedbackSettings(_Frozen):
 
     window: Span = spec.Feedback().window_s
     output: str | None = None
+    max_entries: int = Field(default=spec.Feedback().max_entries, ge=1, le=10_000_000)
 
 
 class PlanSettings(_Frozen):

@@ -169,7 +169,8 @@ ROLLOUT_REQUESTS: Final = Metric(
     "serving_rollout_requests",
     "counter",
     "Analysed requests by arm and outcome: answered or failed. Beside them, under arm canary: "
-    "shielded (answered by stable), overridden (by header) and diverted (canary not ready).",
+    "shielded (answered by stable), overridden (by header) and diverted (the canary could not take "
+    "it). Where units stick to their arm, units instead of requests.",
     (*_ROLLOUT, "arm", "outcome"),
 )
 ROLLOUT_PAIRS: Final = Metric(
@@ -206,6 +207,18 @@ ROLLBACK_SECONDS: Final = Metric(
 )
 FEEDBACK_PENDING: Final = Metric(
     "serving_feedback_pending", "gauge", "Labels that no gateway has joined to an answer yet."
+)
+FEEDBACK_DROPPED: Final = Metric(
+    "serving_feedback_dropped",
+    "counter",
+    "Labels that were dropped for later ones, being too many.",
+)
+FEEDBACK_FORGOTTEN: Final = Metric(
+    "serving_feedback_forgotten",
+    "counter",
+    "Answers that gateways forgot before `feedback.window` was over, being more than "
+    "`feedback.max_entries`: labels of such old ones are not joined.",
+    _ROLLOUT,
 )
 
 _GPU: Final = ("gpu", "host")
@@ -395,6 +408,8 @@ METRICS: Final = (
     ROLLOUT_COST,
     ROLLBACK_SECONDS,
     FEEDBACK_PENDING,
+    FEEDBACK_DROPPED,
+    FEEDBACK_FORGOTTEN,
     GPU_INFO,
     GPU_MEMORY_TOTAL,
     GPU_MEMORY_USED,

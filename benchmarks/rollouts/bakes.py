@@ -147,12 +147,13 @@ def first_failure(
 ) -> Array:
     """The second at which the bake's test fails first, by rollout; the steps' evidence left out."""
     event = EVENTS.index(_EVENT[trigger.kind])
+    blocks = counts.blocks[:, :, event] if event else traffic.attempts(counts.blocks)
     start = plan.starts_s(begins)
     inside = np.nonzero(plan.begin >= start)[0]
     by_second = np.concatenate(
-        [_seconds(counts.blocks[:, b, event, 0], int(plan.seconds[b]), rng) for b in inside], axis=1
+        [_seconds(blocks[:, b, 0], int(plan.seconds[b]), rng) for b in inside], axis=1
     )
-    ramp = counts.blocks[:, plan.begin < start, event, STABLE]
+    ramp = blocks[:, plan.begin < start, STABLE]
     stable = np.stack(
         [ramp[:, plan.step[: ramp.shape[1]] == s].sum(axis=1) for s in range(begins)], axis=1
     )

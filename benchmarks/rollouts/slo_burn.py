@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.rollouts.traffic import NEVER, STABLE, Array, Counts, Plan, split
+from benchmarks.rollouts.traffic import NEVER, STABLE, Array, Counts, Plan, attempts, split
 from serving.core.hard_triggers import OWN_FAULT
 from serving.core.hard_triggers import slo_burn as judge
 from serving.core.rollout import new_rollout
@@ -24,8 +24,9 @@ def first_failure(trigger: Trigger, counts: Counts, plan: Plan, rng: np.random.G
     Windows begin where blocks do, so they are up to a block longer than they should be. Asked at
     the end of each block, then at each second of the first block that fails.
     """
-    by_step = counts.blocks[:, :, 0, STABLE]
-    by_source = counts.blocks[:, :, 0].cumsum(axis=1)
+    blocks = attempts(counts.blocks)
+    by_step = blocks[:, :, STABLE]
+    by_source = blocks.cumsum(axis=1)
     total = np.concatenate([np.zeros((len(by_source), 1, *by_source.shape[2:])), by_source], axis=1)
     ends = np.concatenate([[0], plan.seconds.cumsum()])
     # Of every block's end, the latest one that lies a window before.
@@ -46,9 +47,7 @@ def first_failure(trigger: Trigger, counts: Counts, plan: Plan, rng: np.random.G
             if not asked(float(ends[block + 1]), total[row, block + 1]):
                 continue
             length = int(plan.seconds[block])
-            seconds = total[row, block] + np.swapaxes(
-                split(counts.blocks[row, block, 0], length, rng), 0, 1
-            )
+            seconds = total[row, block] + np.swapaxes(split(blocks[row, block], length, rng), 0, 1)
             at[row] = next(
                 second
                 for second in range(int(ends[block]) + 1, int(ends[block + 1]) + 1)

@@ -217,7 +217,7 @@ def draw(cell: Cell, plan: Plan, rollouts: int, rng: np.random.Generator) -> Cou
         requests = blocks[:, :, 0, source, 0].astype(np.int64)
         blocks[..., 3, source, :] = _labels(rng, requests, weather.errors)
     if cell.scenario == "sticky":
-        _first_failures(cell, plan, blocks[..., 0, :, :], rng)
+        blocks[..., 0, :, :] = _units(cell, plan, blocks[..., 0, :, 2], rng)
     before = np.zeros((rollouts, len(EVENTS), SOURCES, 4))
     seconds = shadow_pairs(cell, plan.spec)[0]
     size = min(1 + cell.rate * _COLLECT_S, _LARGEST_BATCH)
@@ -411,7 +411,8 @@ def _labels(rng: np.random.Generator, requests: NDArray[np.int64], drift: Array)
 
 def _predictions(rng: np.random.Generator, blocks: Array) -> Array:
     """Of the requests answered, those of each class. Not by replica: drift does not ask for it."""
-    answered = blocks[..., 0, :, 0] - blocks[..., 0, :, 1]
+    tried = attempts(blocks)
+    answered = tried[..., 0] - tried[..., 1]
     arms = np.stack([answered[..., 0] + answered[..., 1], answered[..., STABLE]], axis=-1)
     found = np.empty((*arms.shape[:2], len(PREDICTED), 2, 2))
     found[..., 0] = arms[:, :, np.newaxis]
@@ -432,20 +433,37 @@ def _sticky_shares(cell: Cell, plan: Plan, rollouts: int, rng: np.random.Generat
     return _by_source(cell, share)
 
 
-def _first_failures(cell: Cell, plan: Plan, errors: Array, rng: np.random.Generator) -> None:
-    """Failures belong to users, some of whom always fail: each counts once an arm and step."""
+def _units(cell: Cell, plan: Plan, runs: Array, rng: np.random.Generator) -> Array:
+    """Users as they are counted, each once a step, by `runs` (rollouts, blocks, 3): (…, 3, 4).
+
+    Some always fail, the same in every step: as the weight grows they move to the canary, none
+    back. A fault makes others fail that are the canary's.
+    """
     users = _USERS_PER_RPS * cell.rate
     start = plan.begin - np.array([plan.starts_s(step) for step in plan.step])
     new = _seen(start + plan.seconds) - _seen(start)
-    faulty = np.where(plan.step >= cell.fault.from_step, cell.fault.errors, 1.0)
+    shape = runs.shape[:2]
+    by_weight = users * np.diff([0.0, *plan.weights, 1.0])
+    bad = rng.poisson(cell.base_error * by_weight, (shape[0], len(by_weight))).cumsum(axis=1)
+    in_canary = bad[:, plan.step]
+    hurt = np.minimum(cell.base_error * cell.fault.errors, 1.0) - cell.base_error
     weight = plan.weights[plan.step]
-    for source, part in enumerate(_by_source(cell, weight)):
-        share = cell.base_error * (1.0 if source == STABLE else faulty)
-        bad = rng.poisson(users * part * np.minimum(share, 1.0), errors.shape[:2])
-        # One number of bad users a step: the one drawn for its first block.
-        first = np.searchsorted(plan.step, plan.step)
-        failed = np.minimum(rng.poisson(bad[:, first] * new), errors[..., source, 2])
-        errors[..., source, 1] = errors[..., source, 3] = failed
+    extra = np.where(plan.step >= cell.fault.from_step, hurt * users * weight, 0.0)
+    failing = np.moveaxis(_by_source(cell, in_canary + extra), 0, -1)
+    failing[..., STABLE] = bad[:, -1:] - in_canary
+    well = users * _by_source(cell, weight).T - failing
+    failed = rng.poisson(failing * new[:, np.newaxis])
+    first = failed + rng.poisson(np.maximum(well, 0.0) * new[:, np.newaxis])
+    batches = np.minimum(first, np.maximum(runs, failed))
+    counted = [first, failed, batches, np.minimum(failed, batches)]
+    return np.stack(counted, axis=-1).astype(np.float64)
+
+
+def attempts(counts: Array) -> Array:
+    """Of counts (…, events, 3, 4), failures out of all requests, not units: (…, 3, 4)."""
+    found = counts[..., 0, :, :].copy()
+    np.maximum(found[..., ::2], counts[..., 1, :, ::2], out=found[..., ::2])
+    return found
 
 
 def _seen(seconds: NDArray[np.int64]) -> Array:

@@ -245,15 +245,23 @@ class Controller:
         self.rollouts.reach.heard(instance_of(payload), int(payload["revision"]), now)
         self.ledger.reported(instance_of(payload), usage)
         self.feedback.joined(payload.get("feedback_joined", ()))
-        due = self.feedback.due(str(payload["gateway"]), now)
+        due = self.feedback.due(str(payload["gateway"]), now, self._feedback_window_s())
         told: dict[str, Any] = {"feedback": due} if due else {}
         if self.budgets:
             told["spent"] = self.budgets.spent(self.ledger.spending, self.clock.unix())
         return told
 
     def add_feedback(self, raw: object) -> int:
-        """Late labels for answers that were given; how many. Raises `InvalidRequest`."""
-        return self.feedback.add(raw, self.clock.monotonic())
+        """Late labels for answers that were given; how many.
+
+        Raises `InvalidRequest`, or `ConflictError` if no rollout asks for labels.
+        """
+        return self.feedback.add(raw, self.clock.monotonic(), self._feedback_window_s())
+
+    def _feedback_window_s(self) -> float:
+        """How long gateways keep answers for their labels; 0 where they keep none."""
+        splits = (route.split for route in self.board.table.models.values())
+        return max((s.feedback["window_s"] for s in splits if s and s.feedback), default=0.0)
 
     def manifest(self, digest: str) -> dict[str, Any]:
         """The files of a cached artifact. Raises `ArtifactError`."""

@@ -1,26 +1,32 @@
 """Late labels on their way to the gateways, which know what was answered.
 
-Which gateway answered a request is not known here, so each label goes to every gateway, again after
-a while, until one has joined it or it is too old. Nothing is written to the store.
+Which gateway answered a request is not known here, so each label goes to every gateway, once more
+after a while in case it was lost, until one has joined it or its request is forgotten there. Labels
+are taken while a rollout asks for them; of too many the oldest go. Nothing is written to the store.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Final
 
-from serving.errors import InvalidRequest, Overloaded
+from serving.errors import ConflictError, InvalidRequest
 
 MAX_ITEMS: Final = 1000
 """Labels in one call, and in one answer to a gateway."""
 MAX_PENDING: Final = 100_000
-MAX_AGE_S: Final = 86_400.0
+MAX_BYTES: Final = 64 << 20
 REPEAT_S: Final = 30.0
-_LONGEST_ID: Final = 256
-_LONGEST_LABEL: Final = 1024
+_LONGEST_ID: Final = 128
+_LONGEST_LABEL: Final = 64
+_MOST_LABELS: Final = 1024
+# What Python needs for a label beside its id and its values.
+_ITEM_BYTES: Final = 450
+_POINTER_BYTES: Final = 8
 
 
 @dataclass(slots=True)
@@ -28,14 +34,19 @@ class _Item:
     number: int
     received_at: float
     plain: dict[str, Any]
+    nbytes: int
 
 
 @dataclass(slots=True)
 class _Cursor:
-    """How far one gateway has come in the current round, which began at `since`."""
+    """How far one gateway has come in the current round, which began at `since`.
 
+    It has heard labels up to `twice` twice, so they are not in the next round.
+    """
+
+    since: float
     number: int = 0
-    since: float = -math.inf
+    twice: int = 0
 
 
 class Feedback:
@@ -45,46 +56,57 @@ class Feedback:
         self._items: dict[str, _Item] = {}
         self._cursors: dict[str, _Cursor] = {}
         self._number = 0
+        self._nbytes = 0
+        # Labels that made room for later ones.
+        self.dropped = 0
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def add(self, raw: object, now: float) -> int:
+    def add(self, raw: object, now: float, window_s: float) -> int:
         """Take one label or a list of them; how many. A later label of a request replaces it.
 
-        `now` is monotonic, in seconds. Raises `InvalidRequest`, and takes none, if one is
-        malformed; `Overloaded` if too many wait already.
+        `now` is monotonic, in seconds; `window_s` is how long answers wait for their labels, 0 if
+        no rollout asks for any. Raises `InvalidRequest`, and takes none, if one is malformed;
+        `ConflictError` if nobody asks.
         """
         rows = raw if isinstance(raw, list) else [raw]
         if not rows or len(rows) > MAX_ITEMS:
             raise InvalidRequest(f"expected 1 to {MAX_ITEMS} labels, found {len(rows)}")
         items = [_checked(row, i) for i, row in enumerate(rows)]
-        self._expire(now)
-        if len(self._items) + len(items) > MAX_PENDING:
-            raise Overloaded(
-                f"{len(self._items)} labels wait for their requests, at most {MAX_PENDING} may",
-                retry_after_s=REPEAT_S,
+        if not window_s:
+            raise ConflictError(
+                "no label is waited for: no rollout that runs has `feedback` in its plan"
             )
+        self._expire(now, window_s)
         for item in items:
             self._number += 1
             # Behind all others, which keeps the order by number.
-            self._items.pop(item["request_id"], None)
-            self._items[item["request_id"]] = _Item(self._number, now, item)
+            self._remove(item["request_id"])
+            self._items[item["request_id"]] = _Item(self._number, now, item, _nbytes(item))
+            self._nbytes += _nbytes(item)
+        while len(self._items) > MAX_PENDING or self._nbytes > MAX_BYTES:
+            self._remove(next(iter(self._items)))
+            self.dropped += 1
         return len(items)
+
+    def _remove(self, request_id: str) -> None:
+        if item := self._items.pop(request_id, None):
+            self._nbytes -= item.nbytes
 
     def joined(self, request_ids: Iterable[object]) -> None:
         """A gateway has joined these."""
         for request_id in request_ids:
-            self._items.pop(str(request_id), None)
+            self._remove(str(request_id))
 
-    def due(self, gateway: str, now: float) -> list[dict[str, Any]]:
-        """What to tell a gateway now: what it has not heard yet, or not for `REPEAT_S`."""
-        self._expire(now)
-        cursor = self._cursors.setdefault(gateway, _Cursor())
+    def due(self, gateway: str, now: float, window_s: float) -> list[dict[str, Any]]:
+        """What to tell a gateway now: what it has not heard, or once only and `REPEAT_S` ago."""
+        self._expire(now, window_s)
+        cursor = self._cursors.setdefault(gateway, _Cursor(now))
         found = self._after(cursor.number)
         if not found and now - cursor.since >= REPEAT_S:
-            cursor.number, cursor.since = 0, now
-            found = self._after(0)
+            again, cursor.twice, cursor.since = cursor.twice, cursor.number, now
+            found = self._after(again)
         if found:
             cursor.number = found[-1].number
         return [item.plain for item in found]
@@ -105,10 +127,18 @@ class Feedback:
                     break
         return found
 
-    def _expire(self, now: float) -> None:
-        old = takewhile(lambda e: now - e[1].received_at > MAX_AGE_S, self._items.items())
+    def _expire(self, now: float, window_s: float) -> None:
+        old = takewhile(lambda e: now - e[1].received_at >= window_s, self._items.items())
         for request_id, _ in list(old):
-            del self._items[request_id]
+            self._remove(request_id)
+
+
+def _nbytes(item: Mapping[str, Any]) -> int:
+    """About what a label takes in memory."""
+    label = item["label"]
+    values = label if isinstance(label, list) else [label]
+    values_bytes = sum(_POINTER_BYTES + sys.getsizeof(value) for value in values)
+    return _ITEM_BYTES + sys.getsizeof(item["request_id"]) + values_bytes
 
 
 def _checked(row: object, position: int) -> dict[str, Any]:
@@ -124,19 +154,21 @@ def _checked(row: object, position: int) -> dict[str, Any]:
         )
     if not _is_label(label):
         raise InvalidRequest(
-            f"{where}: label is a string, a finite number, true or false, "
-            f"or a list of at most {_LONGEST_LABEL} of them"
+            f"{where}: label is a string of at most {_LONGEST_LABEL} characters, a finite number, "
+            f"true or false, or a list of at most {_MOST_LABELS} of them"
         )
     return {"request_id": request_id, "label": label}
 
 
 def _is_label(label: object) -> bool:
     if isinstance(label, list):
-        return 0 < len(label) <= _LONGEST_LABEL and all(_is_scalar(v) for v in label)
+        return 0 < len(label) <= _MOST_LABELS and all(_is_scalar(v) for v in label)
     return _is_scalar(label)
 
 
 def _is_scalar(value: object) -> bool:
     if isinstance(value, str):
         return len(value) <= _LONGEST_LABEL
-    return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, int):
+        return abs(value) < 1 << 63
+    return isinstance(value, float) and math.isfinite(value)

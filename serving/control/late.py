@@ -42,4 +42,5 @@ def _less(now: Any, before: Any) -> Any:
         return now
     if isinstance(now, Sequence):
         return [_less(n, b) for n, b in zip(now, before, strict=True)]
-    return now - before
+    # A user whom another replica failed since is no longer this one's.
+    return max(0, now - before)

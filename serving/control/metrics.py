@@ -162,6 +162,7 @@ class _Collector(Collector):
             telemetry.CONTROLLER_RSS: psutil.Process().memory_info().rss,
             telemetry.RECONCILE_ERRORS: controller.errors,
             telemetry.FEEDBACK_PENDING: len(controller.feedback),
+            telemetry.FEEDBACK_DROPPED: controller.feedback.dropped,
         }
         yield from (revisions, connections, build)
         for metric, value in values.items():

@@ -28,6 +28,7 @@ _METRICS: Final = (
     telemetry.ROLLOUT_LABELS,
     telemetry.ROLLOUT_ACCURACY,
     telemetry.ROLLOUT_COST,
+    telemetry.FEEDBACK_FORGOTTEN,
     telemetry.ROLLBACK_SECONDS,
 )
 
@@ -100,6 +101,8 @@ def _add_counts(
             accuracy.add_metric([*key, arm], 1.0 - wrong / known)
     for outcome, n in trials.totals(rollout_id).items():
         requests.add_metric([*key, "canary", outcome], n)
+    forgotten = trials.forgotten(rollout_id)
+    families[telemetry.FEEDBACK_FORGOTTEN.name].add_metric(key, forgotten)
     shadowed = shadow_summary(counts)
     agreed = shadowed["pairs"] - shadowed["disagreements"]
     for outcome, n in (

@@ -64,6 +64,11 @@ class Trials:
         rows = [r for rows in self._splits.values() for r in rows if r["rollout"] == rollout]
         return {name: sum(row[name] for row in rows) for name in _INFORMING}
 
+    def forgotten(self, rollout: str) -> int:
+        """Answers that gateways forgot, being too many, before their labels' time was over."""
+        rows = (r for rows in self._splits.values() for r in rows if r["rollout"] == rollout)
+        return sum(int(row.get("forgotten", 0)) for row in rows)
+
     def carried(self, before: Plain, now: Plain) -> dict[str, list[Any]]:
         """A report's rollout part, with what it no longer has of live rollouts from the one before.
 

@@ -16,8 +16,3 @@ def unit_point(salt: bytes, unit: bytes) -> float:
     """Where a unit lies in [0, 1), uniformly over units. `salt` is at most 64 bytes."""
     digest = blake2b(unit, digest_size=8, key=salt).digest()
     return int.from_bytes(digest, "big") * _SCALE
-
-
-def unit_hash(salt: bytes, unit: bytes) -> int:
-    """64 bits that stand for a unit where it has to be remembered."""
-    return int.from_bytes(blake2b(unit, digest_size=8, key=salt, person=b"seen").digest(), "big")

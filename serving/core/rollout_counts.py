@@ -76,11 +76,12 @@ class Histogram:
 class ArmCountsRow:
     """What was counted for one arm of one epoch, by one replica or by several.
 
-    `failed` counts requests that the arm failed, at most one a sticky unit; `failed_batches` counts
-    batches in which at least one request failed: a batch is a run, or what was drawn together where
-    that is more. `latency` has one entry an answered request,
-    `batch_latency` the slowest request of each batch. `labels` are late labels: (known, wrong).
-    `busy_ns` is the device time of the runs behind the answers, padding left out.
+    Where units stick to their arm (users, ids that come again), `requests` counts each unit of the
+    epoch once, `failed` those that the arm failed. `batches` and `failed_batches` are runs, or what
+    was drawn together where that is more, that brought either. `latency` has one entry an answered
+    request, of units that are known too, `batch_latency` the slowest request of each batch.
+    `labels` are late labels: (known, wrong). `busy_ns` is the device time of the runs behind the
+    answers, padding left out.
     `shielded`, `overridden` and `diverted` are not part of `requests`' evidence: they only inform.
     """
 
@@ -101,6 +102,17 @@ class ArmCountsRow:
     def failures(self) -> Tally:
         """Requests and batches, with those that failed."""
         return self.requests, self.failed, self.batches, self.failed_batches
+
+    @property
+    def attempts(self) -> Tally:
+        """As `failures`, but out of all answers: first failures of units at any time.
+
+        What compares different times, or has none to compare with, needs it: in the next minute
+        there are few new units, but many that may fail.
+        """
+        requests = max(self.requests, self.latency.total + self.failed)
+        batches = max(self.batches, self.batch_latency.total)
+        return requests, self.failed, batches, self.failed_batches
 
     def slow(self, bound: int) -> Tally:
         """Answered requests and batches, with those slower than `LATENCY_BOUNDS[bound]`."""
@@ -237,7 +249,7 @@ class Sample:
     def of(cls, at: float, counts: Mapping[int, EpochCounts]) -> Sample:
         """Sum up a rollout's counts by epoch."""
         stable, canary = (
-            sum((epoch.arm(arm) for epoch in counts.values()), ArmCountsRow()).failures
+            sum((epoch.arm(arm) for epoch in counts.values()), ArmCountsRow()).attempts
             for arm in ARMS
         )
         return cls(at, stable, canary)

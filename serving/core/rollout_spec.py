@@ -265,10 +265,14 @@ class Webhook:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """How long an answer waits for its label, and the output that labels are compared with."""
+    """How long an answer waits for its label, and the output that labels are compared with.
+
+    `max_entries` is how many answers a gateway keeps; of more it forgets the oldest.
+    """
 
     window_s: float = 3600.0
     output: str | None = None
+    max_entries: int = 200_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ def _errors(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     both = Comparison(rollout.epochs, snapshot.counts, _failures, assigned=True)
     facts = f"canary failed {out_of(both.canary, 'requests')}, stable {out_of(both.stable)}"
     found = _weigh([(both, _null(trigger))], rollout, "requests", facts)
-    watch = _watch(trigger, rollout, snapshot, _failed)
+    watch = _watch(trigger, rollout, snapshot, lambda row: row.attempts)
     return judge(trigger, rollout.spec.analysis, _with_bake(found, watch))
 
 
@@ -276,10 +276,6 @@ def _null(trigger: Trigger) -> Null:
 
 
 def _failures(_: Epoch, row: ArmCountsRow) -> Tally:
-    return _failed(row)
-
-
-def _failed(row: ArmCountsRow) -> Tally:
     return row.failures
 
 

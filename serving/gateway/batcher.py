@@ -144,7 +144,7 @@ class ArmBatcher:
             )
         ):
             try:
-                self._check_room(call)
+                self._check_room(call, rows, call.deadline)
             except ServingError as error:
                 call.done = True
                 self.recorder.refused(error.slug, monotonic() - call.arrival)
@@ -152,16 +152,45 @@ class ArmBatcher:
         self._queue.push(call)
         self._schedule()
 
+    def take(self, call: Call) -> None:
+        """Queue a call for which there is room."""
+        self._queue.push(call)
+        self._schedule()
+
+    def spare_rows(self) -> int:
+        """How many more rows may wait without a second thought; -1 where no replica is ready."""
+        if self._down_since is not None or self.closed:
+            return -1
+        return self._room.rows - self._queue.rows
+
     def has_room(self, call: Call) -> bool:
         """Whether a call would be let in now, and could be answered in time."""
+        rows, down = self._queue.rows, self._down_since is not None
+        return not (rows or down) or self._has_room(call, rows, call.deadline)
+
+    def has_room_behind(self, ahead: int, call: Call, deadline: float) -> bool:
+        """Whether a call that has just arrived would be let in behind so many rows.
+
+        And whether it could be answered by `deadline`.
+        """
+        if self._down_since is None and (
+            not ahead
+            or (
+                ahead + call.rows <= self._room.rows
+                and deadline - call.arrival >= self.arm.queue_max_wait_s
+            )
+        ):
+            return True
+        return self._has_room(call, ahead, deadline)
+
+    def _has_room(self, call: Call, ahead: int, deadline: float) -> bool:
         try:
-            if self._down_since is not None or self._queue.rows:
-                self._check_room(call)
+            self._check_room(call, ahead, deadline)
         except ServingError:
             return False
         return True
 
-    def _check_room(self, call: Call) -> None:
+    def _check_room(self, call: Call, ahead: int, deadline: float) -> None:
         if self._down_since is not None and self.arm.wake_queue:
             self._room.check_asleep(call, self.arm)
             if not self._queue:
@@ -169,7 +198,7 @@ class ArmBatcher:
             return
         if self._down_since is not None and self._hold is None:
             raise no_replica(self.arm)
-        self._room.check(call, self.arm, self._max_rows)
+        self._room.check(call, self.arm, self._max_rows, ahead, deadline)
 
     def forget(self, call: Call) -> None:
         """Take a call that is done out of the queue, if it waits there."""

@@ -15,40 +15,49 @@ RETRY_S: Final = 5.0
 class Breaker:
     """Opens after `limit` failed batches in a row. `opened` is called each time."""
 
-    __slots__ = ("_clock", "_in_a_row", "_limit", "_opened", "_retry_at", "openings")
+    __slots__ = (
+        "_clock",
+        "_in_a_row",
+        "_limit",
+        "_opened",
+        "_opened_at",
+        "_retry_at",
+        "open",
+        "openings",
+    )
 
     def __init__(self, limit: int, clock: Callable[[], float], opened: Callable[[], None]) -> None:
         self._limit = limit
         self._clock = clock
         self._opened = opened
         self._in_a_row = 0
-        self._retry_at: float | None = None
+        self._opened_at = self._retry_at = 0.0
+        # Whether requests are kept from the canary.
+        self.open = False
         self.openings = 0
 
-    @property
-    def open(self) -> bool:
-        """Whether requests are kept from the canary."""
-        return self._retry_at is not None
-
     def lets_through(self) -> bool:
-        """Whether a request may go to the canary: every one, or one every `RETRY_S` seconds."""
-        if self._retry_at is None:
-            return True
+        """Whether a request may go to the canary while it is open: one every `RETRY_S` seconds."""
         now = self._clock()
         if now < self._retry_at:
             return False
         self._retry_at = now + RETRY_S
         return True
 
-    def succeeded(self) -> None:
-        """A batch was answered."""
+    def succeeded(self, sent: float) -> None:
+        """A batch that was sent then was answered."""
+        if self.open and sent < self._opened_at:
+            # How the canary was before it says nothing of how it is.
+            return
         self._in_a_row = 0
-        self._retry_at = None
+        self.open = False
 
     def failed(self) -> None:
         """A batch failed."""
         self._in_a_row += 1
-        if self._in_a_row >= self._limit and self._retry_at is None:
-            self._retry_at = self._clock() + RETRY_S
+        if self._in_a_row >= self._limit and not self.open:
+            self.open = True
+            self._opened_at = self._clock()
+            self._retry_at = self._opened_at + RETRY_S
             self.openings += 1
             self._opened()

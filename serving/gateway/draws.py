@@ -32,7 +32,7 @@ MOST: Final = 32
 class Draws:
     """The draws of one split."""
 
-    __slots__ = ("_draw", "_first", "_left", "_loop", "_point", "_random")
+    __slots__ = ("_draw", "_left", "_loop", "_point", "_random", "first")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -41,7 +41,8 @@ class Draws:
         self._point = 0.0
         # How many more the draw may have.
         self._left = 0
-        self._first: Call | None = None
+        # The request that it began with.
+        self.first: Call | None = None
         self._draw: Draw | None = None
 
     def point(self, call: Call) -> float:
@@ -51,12 +52,12 @@ class Draws:
             draw = self._draw
             if draw is None:
                 draw = self._draw = Draw()
-                if self._first is not None:
-                    self._first.draw = draw
+                if self.first is not None:
+                    self.first.draw = draw
             call.draw = draw
             return self._point
         self._left = MOST - 1
-        self._first, self._draw = call, None
+        self.first, self._draw = call, None
         self._loop.call_soon(self.end)
         self._point = point = self._random()
         return point
@@ -64,4 +65,4 @@ class Draws:
     def end(self) -> None:
         """The next request is drawn anew."""
         self._left = 0
-        self._first = self._draw = None
+        self.first = self._draw = None

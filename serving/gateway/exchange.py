@@ -250,7 +250,7 @@ class Exchange:
 
     def failed(self, call: Call, error: ServingError) -> None:
         """Write an error reply; the call has been counted."""
-        self._fail(error)
+        self._fail(error, call.arm.response_headers)
 
     def moved(self, call: Call) -> None:
         """The request is another call's now."""
@@ -296,11 +296,12 @@ class Exchange:
         inline = size <= encoding.INLINE_DEFLATE_BYTES
         self._run_work(inline, lambda: encoding.compress(parts, chosen), write, self._fail)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception, head: bytes = b"") -> None:
+        """Answer with an error; `head` says who failed, if it came that far."""
         if not isinstance(error, ServingError):
             log.error("inference failed", exc_info=error)
             error = ServingError("internal error")
-        head = b"content-type: application/json\r\n"
+        head += b"content-type: application/json\r\n"
         if error.retry_after_s is not None:
             head += b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
         if isinstance(error, Unauthenticated):

@@ -10,6 +10,7 @@ from serving.errors import InvalidRequest
 from serving.gateway.infer import MAX_TIMEOUT_S
 from serving.tenant_settings import DEFAULT_TENANT
 
+COOKIE: Final = b"cookie"
 _MAX_ID: Final = 128
 _READ: Final = frozenset(
     {
@@ -63,10 +64,13 @@ class RequestHeaders:
         self.json_length: bytes | None = None
         self.given_id: bytes | None = None
         self.timeout: bytes | None = None
-        self.routing = _NONE
+        self.routing: Mapping[bytes, bytes] = _NONE
         self.tenant = DEFAULT_TENANT
         if asked:
             self.routing = {name: value for name, value in headers if name in asked}
+            if COOKIE in self.routing:
+                # HTTP/2 clients, and proxies before us, send each cookie in a header of its own.
+                self.routing[COOKIE] = b"; ".join(v for name, v in headers if name == COOKIE)
         for name, value in headers:
             if name not in _READ:
                 continue

@@ -12,6 +12,7 @@ from zlib import crc32
 import numpy as np
 
 from serving.core.predictions import PredictionReader, is_class
+from serving.core.rollout_spec import Feedback
 from serving.core.routing import Split
 from serving.core.types import Signature
 from serving.gateway.infer import monotonic
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MAX_ENTRIES: Final = 200_000
+_MAX_ENTRIES: Final = Feedback().max_entries
 
 
 class Observer:
@@ -84,6 +85,8 @@ class Memory:
         # With what was predicted, a code a row; the oldest first.
         self._entries: OrderedDict[bytes, tuple[_Origin, list[int]]] = OrderedDict()
         self._joined: set[bytes] = set()
+        # How many were forgotten, being too many, before their time was over.
+        self.forgotten = 0
         self.configure({})
 
     def configure(self, feedback: Mapping[str, Any]) -> None:
@@ -108,8 +111,10 @@ class Memory:
         entries = self._entries
         while entries:
             oldest = next(iter(entries))
-            if len(entries) <= self._most and entries[oldest][0].at + self._window >= now:
-                return
+            if entries[oldest][0].at + self._window >= now:
+                if len(entries) <= self._most:
+                    return
+                self.forgotten += 1
             self._drop(oldest)
 
     def join(self, request_id: bytes, label: object) -> bool:

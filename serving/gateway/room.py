@@ -23,16 +23,19 @@ class Room:
         self._service = service
         self._links = links
 
-    def check(self, call: Call, arm: Arm, max_rows: int) -> None:
-        """Raise `Overloaded` unless the call can be answered in time; `max_rows` is a run's."""
-        if self._queue.rows + call.rows > arm.queue_max_rows:
+    def check(self, call: Call, arm: Arm, max_rows: int, ahead: int, deadline: float) -> None:
+        """Raise `Overloaded` unless the call can be answered by `deadline`.
+
+        `ahead` rows wait before it, `max_rows` is a run's.
+        """
+        if ahead + call.rows > arm.queue_max_rows:
             raise Overloaded(
-                f"model {arm.model!r} version {arm.version}: {self._queue.rows} rows are waiting, "
+                f"model {arm.model!r} version {arm.version}: {ahead} rows are waiting, "
                 f"at most {arm.queue_max_rows} may",
                 retry_after_s=1.0,
             )
-        wait = self._drain_s(max_rows) / max(1, self._links.connected)
-        allowed = min(arm.queue_max_wait_s, call.deadline - monotonic())
+        wait = self._drain_s(ahead, max_rows) / max(1, self._links.connected)
+        allowed = min(arm.queue_max_wait_s, deadline - monotonic())
         if wait > allowed:
             raise Overloaded(
                 f"model {arm.model!r} version {arm.version}: the estimated wait is "
@@ -51,11 +54,11 @@ class Room:
                 retry_after_s=2.0,
             )
 
-    def _drain_s(self, max_rows: int) -> float:
-        """Expected time to run all that waits, one run after another, in seconds."""
+    def _drain_s(self, rows: int, max_rows: int) -> float:
+        """Expected time to run `rows` that wait, one run after another, in seconds."""
         queue = self._queue
         apart = queue.rerun_rows + queue.suspect_rows
-        return self._service.drain(queue.rows - apart, max_rows) + self._service.predict(
+        return self._service.drain(rows - apart, max_rows) + self._service.predict(
             apart, queue.singular_runs
         )
 

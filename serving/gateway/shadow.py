@@ -11,6 +11,7 @@ import importlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 from serving.core.batching import SHADOW_LEVEL
@@ -64,6 +65,8 @@ class Shadow:
         self._settings: dict[str, Any] | None = None
         self._compare: Comparison | None = None
         self._inline = True
+        # Nobody waits for a comparison: it must not keep others from the threads of the loop.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shadow")
         self._copies = self._held = 0
         self._stopped = False
 
@@ -73,7 +76,7 @@ class Shadow:
         self._stable, self._canary = stable, canary
         self._epoch = self._pairs.setdefault(split.epoch, _Pairs()) if self.share else _Pairs()
         settings = dict(split.compare)
-        if self.share and settings != self._settings:
+        if self.share and settings != self._settings and not self._stopped:
             self._settings, self._compare = settings, None
             self._find_comparison(settings)
 
@@ -86,11 +89,11 @@ class Shadow:
             return
         # An operator's own function may take its time, and so may its module to load.
         self._inline = False
-        loading = self._loop.run_in_executor(None, load_metric, name)
+        loading = self._loop.run_in_executor(self._pool, load_metric, name)
         loading.add_done_callback(lambda done: self._found(settings, done.result))
 
     def _found(self, settings: dict[str, Any], metric: Callable[[], Metric | None]) -> None:
-        if settings != self._settings:
+        if settings != self._settings or self._stopped:
             return
         try:
             self._compare = comparison(settings, self._stable.arm.signature, metric())
@@ -100,6 +103,7 @@ class Shadow:
     def stop(self) -> None:
         """Send no more, and count what is on its way as dropped."""
         self._stopped = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
         for call in self._canary.outstanding():
             if call.level == SHADOW_LEVEL:
                 self._canary.forget(call)
@@ -150,14 +154,16 @@ class Shadow:
     def compare(self, copy: _Copy, outputs: _Outputs) -> None:
         """Compare the canary's answer, valid now, with stable's."""
         agree = self._compare
-        if agree is None:
+        if agree is None or self._stopped:
             copy.drop()
         elif self._inline and _nbytes(outputs) + _nbytes(copy.outputs) <= _INLINE_BYTES:
             self._judge(copy, lambda: agree(copy.outputs, outputs))
         else:
             kept = _copy(outputs)
-            work = self._loop.run_in_executor(None, agree, copy.outputs, kept)
-            work.add_done_callback(lambda done: self._judge(copy, done.result))
+            work = self._loop.run_in_executor(self._pool, agree, copy.outputs, kept)
+            work.add_done_callback(
+                lambda done: copy.drop() if done.cancelled() else self._judge(copy, done.result)
+            )
 
     def _judge(self, copy: _Copy, agreed: Callable[[], bool]) -> None:
         try:

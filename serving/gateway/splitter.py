@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from serving.core.assignment import unit_hash, unit_point
+from serving.core.assignment import unit_point
 from serving.core.routing import Split
 from serving.errors import ServingError
 from serving.gateway.breaker import Breaker
 from serving.gateway.draws import Draws
+from serving.gateway.headers import COOKIE
 from serving.gateway.infer import TICK_S, Call, Sink, monotonic
 from serving.gateway.observer import Memory, Observer
 from serving.gateway.shadow import Shadow
-from serving.gateway.trials import CANARY, STABLE, Trial
+from serving.gateway.trials import CANARY, STABLE, Trial, Unit
+from serving.gateway.units import Units
 
 if TYPE_CHECKING:
     from serving.core.protocol import InferCodec
@@ -32,9 +33,6 @@ log = logging.getLogger(__name__)
 
 # Of its time a shielded request spends at most so much at the canary: the rest is stable's.
 _CANARY_SHARE: Final = 0.5
-_COOKIE: Final = b"cookie"
-# So many failed units are remembered an arm, the latest.
-_MAX_UNITS: Final = 1 << 16
 
 
 class Splitter:
@@ -57,11 +55,9 @@ class Splitter:
         self._watch = watch
         self._draws = Draws(loop)
         self._trials: dict[tuple[int, str], Trial] = {}
-        # By arm, in order of their first failure.
-        self._failed_units: dict[str, OrderedDict[int, None]] = {
-            STABLE: OrderedDict(),
-            CANARY: OrderedDict(),
-        }
+        self._epoch = -1
+        # Whether requests had units that stick to their arm.
+        self.sticks = False
         self.shadow = Shadow(split.rollout, loop, watch)
         self.memory = Memory()
         self.configure(split, stable, canary)
@@ -71,6 +67,12 @@ class Splitter:
         self.stable, self.canary = stable, canary
         # A draw belongs to one epoch.
         self._draws.end()
+        # Rows that waited at the canary when it began, how many more could have without a second
+        # thought, and how many of these it has left.
+        self._waiting = self._room = self._spare = 0
+        # With so much time there is no second thought about a request.
+        share = _CANARY_SHARE if split.shield else 1.0
+        self._patience = canary.arm.queue_max_wait_s / share
         # Of a request that is not in either arm yet: the settings, and what counts its refusal.
         self.arm, self.recorder = stable.arm, stable.recorder
         self._weight = split.weight
@@ -81,8 +83,12 @@ class Splitter:
         self._unit = _unit_finder(split.unit)
         self._by_id = split.unit == "request"
         self.headers = frozenset({*(n for n, _, _ in self._overrides), *_unit_headers(split.unit)})
+        if split.epoch != self._epoch:
+            self._epoch, self._units = split.epoch, Units(self._salt)
         self._stable_trial = self._trial(split.epoch, STABLE)
         self._canary_trial = self._trial(split.epoch, CANARY)
+        # The breaker and the shield hear of what it has; the controller does not.
+        self._uncounted = Trial(self, self.rollout, split.epoch, CANARY)
         self.memory.configure(split.feedback)
         self._stable_trial.observer = self._canary_trial.observer = self._observer(split)
         self.shadow.configure(split, stable, canary)
@@ -111,8 +117,9 @@ class Splitter:
     def admit(self, call: Call) -> None:
         """Choose the arm of a request and queue it there. Raises `Overloaded` or `Unavailable`.
 
-        A canary that has no room or no replica is passed over, and the request is then in neither
-        arm's counts.
+        A request is evidence, whichever arm it is drawn for, only if either could take it just
+        then. Where it is drawn for a canary that cannot, stable takes it. Otherwise the canary's
+        counts would lack what it could not take, and stable's not.
         """
         chosen = self._override(call) if self._overrides else None
         if chosen is not None:
@@ -122,52 +129,121 @@ class Splitter:
                 self.canary.admit(call)
                 return
         else:
-            unit = call.sink.given_id if self._by_id else self._unit(call)
-            point = self._draws.point(call) if unit is None else unit_point(self._salt, unit)
+            name = call.sink.given_id if self._by_id else self._unit(call)
+            if not name:
+                # Nobody, or an empty value that all have who are nobody.
+                point = self._draws.point(call)
+                if self._draws.first is call:
+                    self._look()
+                self._spare = spare = self._spare - call.rows
+            else:
+                if self._by_id:
+                    # Seldom comes again, and need not be remembered.
+                    point = unit_point(self._salt, name)
+                else:
+                    unit = self._units.of(name)
+                    call.draw, point, self.sticks = unit, unit.point, True
+                spare = -1 if self.breaker.open else self.canary.spare_rows() - call.rows
+            # Most of the time there is no need for a second thought.
+            fits = (
+                spare >= 0 and call.deadline - call.arrival >= self._patience
+            ) or self._has_room(call, drawn=not name)
             if point >= self._weight:
-                call.trial = self._stable_trial
+                if fits:
+                    call.trial = self._stable_trial
                 if self._shadowing:
                     self.shadow.sample(call)
-            elif self._admit_to_canary(call):
+            elif fits and self.canary.ready:
+                self._send_to_canary(call, drawn=not name)
                 return
+            elif self._goes_all_the_same(call):
+                return
+            else:
+                self.diverted += 1
         self.stable.admit(call)
 
-    def _admit_to_canary(self, call: Call) -> bool:
-        canary, deadline = self.canary, call.deadline
-        if self._shield:
-            call.final_deadline = deadline
-            call.deadline = call.arrival + _CANARY_SHARE * (deadline - call.arrival)
-        # Last the breaker: it lets few through once it is open.
-        if canary.ready and canary.has_room(call) and self.breaker.lets_through():
-            call.arm = canary
+    def id_of(self, call: Call) -> Unit | None:
+        """The id of a failed request, if it was drawn by that: one tried again fails once."""
+        name = call.sink.given_id if self._by_id else None
+        return None if name is None else self._units.of(name)
+
+    def _look(self) -> None:
+        """Look how much room the canary has before a draw.
+
+        Whether a request of the draw fits must not depend on how the draw falls.
+        """
+        self._spare = self._room = -1 if self.breaker.open else self.canary.spare_rows()
+        self._waiting = self.canary.queue_depth
+
+    def _rows_before(self, call: Call) -> int:
+        """The rows of a call's draw before its own."""
+        return self._room - self._spare - call.rows
+
+    def _has_room(self, call: Call, *, drawn: bool) -> bool:
+        """Whether the canary could take a call, one of a draw perhaps."""
+        canary = self.canary
+        if not self._weight:
+            # Nothing is drawn for it.
+            return True
+        if not canary.ready or self.breaker.open:
+            return False
+        ahead = self._waiting + self._rows_before(call) if drawn else canary.queue_depth
+        return canary.has_room_behind(ahead, call, self._canary_deadline(call))
+
+    def _canary_deadline(self, call: Call) -> float:
+        if not self._shield:
+            return call.deadline
+        return call.arrival + _CANARY_SHARE * (call.deadline - call.arrival)
+
+    def _send_to_canary(self, call: Call, *, drawn: bool) -> None:
+        stable = self.stable
+        # What stable would refuse is in none of its counts.
+        ahead = stable.queue_depth + (self._rows_before(call) if drawn else 0)
+        if stable.has_room_behind(ahead, call, call.deadline):
             call.trial = self._canary_trial
+        else:
+            call.trial, call.draw = self._uncounted, None
+        self._give(call)
+
+    def _goes_all_the_same(self, call: Call) -> bool:
+        """Whether a call that is no evidence goes to the canary nevertheless.
+
+        Raises `Overloaded` where only the canary could answer, and has no room.
+        """
+        canary = self.canary
+        if not canary.ready:
+            return False
+        if not self.stable.ready:
+            call.arm, call.trial, call.draw = canary, self._uncounted, None
             canary.admit(call)
             return True
-        call.deadline, call.final_deadline = deadline, 0.0
-        self.diverted += 1
-        return False
+        if not self._probes(call):
+            return False
+        call.trial, call.draw = self._uncounted, None
+        self._give(call)
+        return True
 
-    # Units.
+    def _probes(self, call: Call) -> bool:
+        """Whether a call finds out for an open breaker how the canary is."""
+        breaker, canary = self.breaker, self.canary
+        # Last the breaker: it lets few through.
+        return (
+            breaker.open
+            and canary.has_room_behind(canary.queue_depth, call, self._canary_deadline(call))
+            and breaker.lets_through()
+        )
+
+    def _give(self, call: Call) -> None:
+        if self._shield:
+            call.deadline, call.final_deadline = self._canary_deadline(call), call.deadline
+        call.arm = self.canary
+        self.canary.take(call)
 
     def _override(self, call: Call) -> str | None:
         for name, value, arm in self._overrides:
             if call.sink.header(name) == value:
                 return arm
         return None
-
-    def first_failure(self, arm: str, call: Call) -> bool:
-        """Whether the call's unit has not failed in this arm before; then it is remembered."""
-        unit = self._unit(call)
-        if unit is None:
-            return True
-        failed = self._failed_units[arm]
-        key = unit_hash(self._salt, unit)
-        if key in failed:
-            return False
-        failed[key] = None
-        if len(failed) > _MAX_UNITS:
-            failed.popitem(last=False)
-        return True
 
     # The shield.
 
@@ -214,6 +290,7 @@ class Splitter:
             "shielded": self.shielded,
             "overridden": self.overridden,
             "diverted": self.diverted,
+            "forgotten": self.memory.forgotten,
         }
 
 
@@ -265,7 +342,7 @@ class _Judged:
 def _unit_headers(unit: str) -> list[bytes]:
     """The request headers that a kind of unit is found in; names are lower-case."""
     kind, _, name = unit.partition(":")
-    return {"header": [name.lower().encode()], "cookie": [_COOKIE]}.get(kind, [])
+    return {"header": [name.lower().encode()], "cookie": [COOKIE]}.get(kind, [])
 
 
 def _unit_finder(unit: str) -> Callable[[Call], bytes | None]:
@@ -274,9 +351,10 @@ def _unit_finder(unit: str) -> Callable[[Call], bytes | None]:
     if kind == "parameter":
         return lambda call: _text(call.request.parameters.get(name))
     if kind == "cookie":
-        return lambda call: _cookie(call.sink.header(_COOKIE), name.encode())
+        return lambda call: _cookie(call.sink.header(COOKIE), name.encode())
     if kind == "header":
-        return lambda call: call.sink.header(name.lower().encode())
+        header = name.lower().encode()
+        return lambda call: call.sink.header(header)
     return lambda call: call.sink.given_id
 
 

@@ -4,7 +4,9 @@ Totals since the gateway's start, as all that it reports, so a lost report loses
 has one weight; a request belongs to the epoch in which it was assigned, however late its answer.
 
 A trial counts each way the evidence needs: requests and failed requests, batches and failed
-batches. What a client did wrong, or gave up, is in neither. A batch is a run, or a draw where that
+batches. What a client did wrong, or gave up, is in neither. Where units stick to their arm, users
+say, a request is a unit: its first answer counts, and its first failure, by batch too. Latency is
+that of every request and every run. A batch is a run, or a draw where that
 is more: requests that were drawn together are one event, however many runs they come to, and a run
 is one, however many draws it is of. So each batch, and each that failed, stands for a run of its
 own and for a draw of its own.
@@ -159,6 +161,35 @@ class Draw:
         self.batch: Counted | None = None
 
 
+class Unit(Draw):
+    """What sticks to an arm: all its requests in an epoch are one draw, and count as one.
+
+    `point`: where it lies in [0, 1). `counted`: the replica that it counts for, if it does.
+    `failed`: whether the arm has failed it.
+    """
+
+    __slots__ = ("counted", "failed", "point")
+
+    def __init__(self, point: float) -> None:
+        super().__init__()
+        self.point = point
+        self.counted: Tally | None = None
+        self.failed = False
+
+    def fails(self, tally: Tally) -> bool:
+        """Whether it fails for the first time; then it counts for the replica that failed it."""
+        if self.failed:
+            return False
+        self.failed = True
+        if self.counted is not tally:
+            if self.counted is not None:
+                self.counted.requests -= 1
+                self.batch = None
+            self.counted = tally
+            tally.requests += 1
+        return True
+
+
 class Cluster:
     """Requests of one fate: their run failed, their replica was lost, or they waited behind it.
 
@@ -230,6 +261,25 @@ def blame(
         call.replica = call.replica or (longest[0].replica if longest else replica)
 
 
+def _count_units(tally: Tally, answered: Sequence[Call]) -> tuple[Call, int]:
+    """How many of a run's answers count, of a unit the first, and which of them tells of the batch.
+
+    That is the last, but rather one that no unit stands for: its draw has yet to be counted.
+    """
+    last, of_draw, count = answered[-1], None, 0
+    for call in answered:
+        unit = call.draw
+        if not isinstance(unit, Unit):
+            of_draw = call
+        elif unit.counted is None:
+            unit.counted = tally
+            last = call
+        else:
+            continue
+        count += 1
+    return of_draw or last, count
+
+
 class Trial:
     """One arm in one epoch."""
 
@@ -267,15 +317,19 @@ class Trial:
     ) -> None:
         """Count the answers to a run's requests at `positions`, which took so many seconds."""
         tally = self.tally(replica)
-        tally.requests += len(latencies)
         tally.latency.extend(latencies)
         # By requests: a run of several trials is rare, and who is in which has nothing to do with
         # how many rows it has.
         tally.busy_ns += answer.busy_ns * len(latencies) // len(batch)
-        if self._count_batch(tally, batch[positions[-1]]):
+        last, new = batch[positions[-1]], len(latencies)
+        if self.splitter.sticks:
+            last, new = _count_units(tally, [batch[position] for position in positions])
+        tally.requests += new
+        # A run of units that are known has its latency all the same.
+        if self._count_batch(tally, last) if new else last.cluster is None:
             tally.batch_latency.extend([max(latencies)])
         if self.arm == CANARY:
-            self.splitter.breaker.succeeded()
+            self.splitter.breaker.succeeded(last.sent)
         if self.observer is not None:
             self.observer.note(self, replica, batch, positions, answer)
 
@@ -289,7 +343,8 @@ class Trial:
         if draw is not None and draw.batch is not None:
             return False
         batch = Counted(tally) if cluster is None else cluster.count(self, tally)
-        if draw is not None:
+        if draw is not None and (cluster is None or draw.__class__ is not Unit):
+            # What others of a cluster make of its batch is not on a unit's account.
             draw.batch = batch
         return batch is not None
 
@@ -308,15 +363,25 @@ class Trial:
 
     def count_failure(self, call: Call) -> None:
         """Count a failed request; of a batch, and of a unit that sticks to its arm, the first."""
-        tally = self.tally(call.replica)
-        tally.requests += 1
-        if not self.splitter.first_failure(self.arm, call):
-            return
+        tally, draw = self.tally(call.replica), call.draw
+        cluster = call.cluster or Cluster()
+        if self.arm == CANARY:
+            breaker = self.splitter.breaker
+            # Whose batch it was makes no difference to it. Requests that waited in vain are no
+            # batches, but reason enough to send no more.
+            if cluster.first(breaker) or not call.sent:
+                breaker.failed()
+        if isinstance(draw, Unit):
+            if not draw.fails(tally):
+                return
+        else:
+            tally.requests += 1
+            if draw is None and (unit := self.splitter.id_of(call)):
+                if unit.failed:
+                    return
+                unit.failed, draw = True, unit
         tally.failed += 1
-        first = (call.cluster or Cluster()).count_failure(self, tally, call.draw)
-        # Requests that waited in vain are no batches, but reason enough to send no more.
-        if self.arm == CANARY and (first or not call.sent):
-            self.splitter.breaker.failed()
+        cluster.count_failure(self, tally, draw)
 
     def label(self, replica: str, *, wrong: bool) -> None:
         """Count a label of an answer that a replica gave."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.control import feedback as module
 from serving.control.admin import create_app
 from serving.control.controller import Controller
-from serving.control.feedback import MAX_AGE_S, MAX_ITEMS, MAX_PENDING, REPEAT_S, Feedback
+from serving.control.feedback import MAX_ITEMS, MAX_PENDING, REPEAT_S, Feedback
 from serving.control.metrics import exposition
 from serving.control.status import status
-from serving.errors import InvalidRequest, Overloaded
+from serving.errors import ConflictError, InvalidRequest
 from tests.control.rollout_world import QUICK, RolloutWorld, weight
 from tests.control.traffic import Version
 
@@ -186,7 +189,10 @@ def test_a_rollout_in_metrics_and_in_the_status(world: RolloutWorld) -> None:
         assert pairs[0] > pairs[1] > 0
         assert values["serving_rollout_accuracy", "stable", "m:1"] == 1.0
         assert values["serving_rollout_accuracy", "canary", "m:1"] < 1.0
-        assert values["serving_feedback_pending",] == 0.0
+        assert (
+            values["serving_feedback_pending",] == values["serving_feedback_dropped_total",] == 0.0
+        )
+        assert values["serving_feedback_forgotten_total", "m:1"] == 0.0
         (model,) = status(controller)["models"]
         assert model["rollout"]["id"] == "m:1"
         assert (model["version"], model["rollout"]["weight"]) == ("1", 0.2)
@@ -198,8 +204,17 @@ def test_a_rollout_in_metrics_and_in_the_status(world: RolloutWorld) -> None:
 # Feedback.
 
 
+WINDOW_S = 600.0
+LABELLED = {**QUICK, "feedback": {"window": "10m"}}
+
+
 def test_a_label_goes_to_every_gateway_until_one_has_joined_it(world: RolloutWorld) -> None:
     async def scenario(controller: Controller, client: httpx.AsyncClient) -> None:
+        refused = await client.post("/v1/feedback", json={"request_id": "r0", "label": 1})
+        assert (refused.status_code, refused.json()["slug"]) == (409, "conflict")
+        assert "no rollout that runs has `feedback`" in refused.json()["error"]
+        await client.post("/v1/rollouts", json={"model": "m", "to": "2", "plan": LABELLED, **WHO})
+        await world.until(controller, "observing")
         labels = [{"request_id": "r1", "label": "cat"}, {"request_id": "r2", "label": [1, 0]}]
         assert (await client.post("/v1/feedback", json=labels)).json() == {"accepted": 2}
         one = await client.post("/v1/feedback", json={"request_id": "r3", "label": 3.5})
@@ -212,28 +227,60 @@ def test_a_label_goes_to_every_gateway_until_one_has_joined_it(world: RolloutWor
         controller.report({**second, "feedback_joined": ["r1", "r3", "unknown"]})
         world.monotonic += REPEAT_S
         assert controller.report(first) == {"feedback": [labels[1]]}
+        world.monotonic += REPEAT_S
+        assert controller.report(first) == {}, "twice is enough"
+        world.monotonic += WINDOW_S
+        controller.report(first)
+        assert len(controller.feedback) == 0
 
     play(world, scenario)
 
 
-def test_labels_are_bounded_in_number_and_age() -> None:
+def test_labels_wait_as_long_as_answers_do() -> None:
     feedback = Feedback()
-    for start in range(0, MAX_PENDING, MAX_ITEMS):
-        rows = [{"request_id": f"r{n}", "label": 1} for n in range(start, start + MAX_ITEMS)]
-        assert feedback.add(rows, 0.0) == MAX_ITEMS
-    with pytest.raises(Overloaded, match="100000 labels wait"):
-        feedback.add({"request_id": "late", "label": 1}, 1.0)
-    assert len(feedback.due("g", 1.0)) == MAX_ITEMS
-    assert feedback.add({"request_id": "late", "label": 1}, MAX_AGE_S + 1.0) == 1
+    with pytest.raises(ConflictError, match="no label is waited for"):
+        feedback.add({"request_id": "r", "label": 1}, 0.0, 0.0)
+    feedback.add({"request_id": "r", "label": 1}, 0.0, WINDOW_S)
+    feedback.due("g", WINDOW_S - 1, WINDOW_S)
     assert len(feedback) == 1
+    # The rollout is over.
+    feedback.due("g", WINDOW_S - 1, 0.0)
+    assert len(feedback) == 0
+
+
+def test_of_too_many_labels_the_oldest_go() -> None:
+    feedback = Feedback()
+    for start in range(0, MAX_PENDING + MAX_ITEMS, MAX_ITEMS):
+        rows = [{"request_id": f"r{n}", "label": 1} for n in range(start, start + MAX_ITEMS)]
+        assert feedback.add(rows, 0.0, WINDOW_S) == MAX_ITEMS
+    assert len(feedback) == MAX_PENDING
+    assert feedback.dropped == MAX_ITEMS
+    assert feedback.due("g", 1.0, WINDOW_S)[0]["request_id"] == f"r{MAX_ITEMS}"
+
+
+def test_labels_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BYTES", 4 << 20)
+    feedback, label = Feedback(), [f"{i:064}" for i in range(1024)]
+    tracemalloc.start()
+    try:
+        for n in range(50):
+            row = json.dumps({"request_id": f"r{n}", "label": label})
+            feedback.add(json.loads(row), 0.0, WINDOW_S)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1.2 * module.MAX_BYTES
+    assert 0 < len(feedback) < 50
+    assert len(feedback) + feedback.dropped == 50
 
 
 def test_a_later_label_of_a_request_replaces_the_first() -> None:
     feedback = Feedback()
-    feedback.add([{"request_id": "a", "label": 1}, {"request_id": "b", "label": 1}], 0.0)
-    feedback.due("g", 0.0)
-    feedback.add({"request_id": "a", "label": 2}, 1.0)
-    assert feedback.due("g", 1.0) == [{"request_id": "a", "label": 2}]
+    both = [{"request_id": "a", "label": 1}, {"request_id": "b", "label": 1}]
+    feedback.add(both, 0.0, WINDOW_S)
+    feedback.due("g", 0.0, WINDOW_S)
+    feedback.add({"request_id": "a", "label": 2}, 1.0, WINDOW_S)
+    assert feedback.due("g", 1.0, WINDOW_S) == [{"request_id": "a", "label": 2}]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +289,7 @@ def test_a_later_label_of_a_request_replaces_the_first() -> None:
         None,
         "r1",
         {"request_id": "", "label": 1},
-        {"request_id": "r" * 257, "label": 1},
+        {"request_id": "r" * 129, "label": 1},
         {"request_id": 7, "label": 1},
         {"request_id": "r"},
         {"request_id": "r", "label": None},
@@ -250,14 +297,15 @@ def test_a_later_label_of_a_request_replaces_the_first() -> None:
         {"request_id": "r", "label": []},
         {"request_id": "r", "label": [[1]]},
         {"request_id": "r", "label": float("nan")},
-        {"request_id": "r", "label": "x" * 1025},
+        {"request_id": "r", "label": "x" * 65},
+        {"request_id": "r", "label": 1 << 63},
         {"request_id": "r", "label": 1, "model": "m"},
     ],
 )
 def test_a_malformed_label_is_refused_with_all_others(row: Any) -> None:
     feedback = Feedback()
     with pytest.raises(InvalidRequest, match="label 1"):
-        feedback.add([{"request_id": "good", "label": 1}, row], 0.0)
+        feedback.add([{"request_id": "good", "label": 1}, row], 0.0, WINDOW_S)
     assert len(feedback) == 0
 
 

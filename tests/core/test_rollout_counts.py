@@ -174,3 +174,14 @@ def test_breakers_of_all_gateways() -> None:
     assert Breakers.of_rows(rows) == Breakers(open=1, opened=3)
     with pytest.raises(ValueError, match="breaker is closed or open, not 'ajar'"):
         Breakers.of_rows([{"breaker": "ajar"}])
+
+
+def test_first_failures_of_users_out_of_all_their_requests() -> None:
+    """A minute without new users may have many that fail for the first time."""
+    many = Histogram({60: 5000})
+    users = ArmCountsRow(50, 20, 10, 5, latency=many, batch_latency=Histogram({60: 800}))
+    assert users.failures == (50, 20, 10, 5)
+    assert users.attempts == (5020, 20, 800, 5)
+    requests = ArmCountsRow(5020, 20, 800, 5, latency=many, batch_latency=Histogram({60: 799}))
+    assert requests.attempts == requests.failures
+    assert Sample.of(0.0, {1: EpochCounts(canary={"a": users})}).canary == users.attempts

@@ -135,6 +135,22 @@ def test_errors_fail_with_the_numbers_in_a_sentence() -> None:
     )
 
 
+def test_users_that_fail_after_many_requests_fail_the_version() -> None:
+    many = Histogram({60: 50_000})
+    users = replace(failures(50, 25), latency=many, batch_latency=many)
+    found = judged(epoch(users, failures(150, 0)))
+    assert found.verdict is Outcome.FAIL
+
+
+def test_in_the_bake_users_are_not_held_against_users_of_a_shorter_time() -> None:
+    """One request in 500 fails; a user makes 10 in the step and 100 in the bake."""
+    step = ArmCountsRow(5000, 100, 5000, 100, Histogram({60: 49_900}), Histogram({60: 49_900}))
+    bake = ArmCountsRow(5000, 900, 5000, 900, Histogram({60: 499_100}), Histogram({60: 499_100}))
+    trial = rollout(Epoch(1, 0, 0.5), Epoch(2, 4, 1.0))
+    seen = snapshot({1: EpochCounts({"s": step}, {"c": step}), 2: EpochCounts({}, {"c": bake})})
+    assert only(evaluate(trial, seen)).verdict is not Outcome.FAIL
+
+
 def test_few_units_or_events_hold_whatever_the_evidence() -> None:
     few = judged(epoch(failures(49, 49), failures(1000, 0)))
     assert few.verdict is Outcome.HOLD

@@ -25,6 +25,8 @@ class Rollout:
         self.canary = canary[0]
         self.canaries: Sequence[Replica | ReplicaProcess] = canary
         self.limits: dict[str, Any] = {}
+        # Of the canary, where they differ.
+        self.canary_limits: dict[str, Any] = {}
 
     def begin(self, weight: float = 1.0, epoch: int = 1, *, ready: bool = True, **of: Any) -> None:
         """Publish a split; `of` are more of its fields."""
@@ -38,7 +40,7 @@ class Rollout:
                 version="2",
                 of=self.stable.signature,
                 role="canary",
-                **limits,
+                **{**limits, **self.canary_limits},
             ),
             split=split,
             ready=ready,

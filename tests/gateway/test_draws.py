@@ -221,6 +221,7 @@ def test_a_run_of_several_draws_is_one_event(rollout: Rollout) -> None:
 
 
 def test_a_draw_whose_replicas_differ_fails_where_it_was_counted() -> None:
+    """`failed_batches` never exceeds `batches`, whichever replica answered and which failed."""
     draw, first, second, trial = Draw(), Tally(), Tally(), object()
     draw.batch = Counted(first)
     assert Cluster().count_failure(trial, second, draw)  # type: ignore[arg-type]

@@ -164,6 +164,7 @@ class TestFeedback:
                 ask(client, 1, request_id=f"id-{i}")
         known = self.join(scored, *((f"id-{i}", 1) for i in range(5)))
         assert known == ["id-2", "id-3", "id-4"]
+        assert scored.summary()["forgotten"] == 2
 
     def test_old_answers_are_forgotten(self, scored: Rollout) -> None:
         scored.begin(1.0, feedback=FEEDBACK)

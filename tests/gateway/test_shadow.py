@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +17,9 @@ import pytest
 
 from serving.errors import InvalidRequest
 from serving.gateway import links, shadow
+from serving.gateway.encoding import INLINE_INFLATE_BYTES
 from tests.gateway.client import infer, post, tensor
-from tests.gateway.harness import Gateway, Replica, eventually
+from tests.gateway.harness import PATIENCE_S, Gateway, Replica, eventually
 from tests.gateway.models import LENGTHS, RAISES, ScriptedBackend
 from tests.gateway.rollouts import Rollout, answered_by
 from tests.gateway.test_batches import callers
@@ -275,6 +279,28 @@ def test_a_metric_of_the_operators(rollout: Rollout) -> None:
         rollout.gateway.until(lambda: rollout_shadow(rollout.gateway)._compare)
         ask(rollout, 4, first=10)
         assert settle(rollout, 4, epoch) == (4, differ, 0)
+
+
+def test_a_slow_metric_keeps_nobody_waiting(rollout: Rollout, operators_module: Any) -> None:
+    go_on = threading.Event()
+    operators_module.slow = lambda a, b: float(not go_on.wait(PATIENCE_S))
+    rollout.begin(0.0, shadow=1.0, compare=metric("slow"))
+    rollout.gateway.until(lambda: rollout_shadow(rollout.gateway)._compare)
+    # More than the event loop has threads for what clients wait for, as a large body inflated.
+    ask(rollout, shadow.MAX_COPIES + 6)
+    with rollout.gateway.connect() as client:
+        padding = random.Random(0).randbytes(INLINE_INFLATE_BYTES).hex()
+        raw = {"inputs": [tensor("x", [[1.0, 1.0]])], "parameters": {"padding": padding}}
+        packed = gzip.compress(json.dumps(raw).encode())
+        assert len(packed) > INLINE_INFLATE_BYTES
+        head = ("Content-Type: application/json", "Content-Encoding: gzip")
+        reply = client.ask(post("/v2/models/m/infer", packed, *head))
+        assert answered_by(reply) == "stable"
+    assert totals(rollout)[0] == 0
+    go_on.set()
+    pairs, disagreements, dropped = settle(rollout, shadow.MAX_COPIES + 7)
+    assert disagreements == 0
+    assert pairs >= dropped > 0
 
 
 @pytest.mark.usefixtures("operators_module")

@@ -87,7 +87,9 @@ def test_without_a_shield_the_client_meets_the_failure(rollout: Rollout) -> None
     rollout.begin(1.0, shield=False)
     fails(rollout)
     with rollout.gateway.connect() as client:
-        assert client.ask(infer("m", 3)).status == 500
+        reply = client.ask(infer("m", 3))
+        assert reply.status == 500
+        assert (reply.headers["x-arm"], reply.headers["x-model-version"]) == ("canary", "2")
     assert rollout.canary_counts().failed == 1
     assert rollout.summary()["shielded"] == 0
     assert rollout.gateway.outcomes("m", "2") == {"model_failed": 1}
@@ -98,6 +100,7 @@ def test_where_both_fail_the_client_gets_the_error_of_stable(rollout: Rollout) -
     with rollout.gateway.connect() as client:
         reply = client.ask(infer("m", RAISES))
         assert reply.status == 500
+        assert reply.headers["x-arm"] == "stable"
         assert "version 1" in reply.error
     assert rollout.canary_counts().failed == 1
     assert rollout.counts().stable == {}
@@ -351,34 +354,6 @@ def test_failures_are_counted_for_the_replica_that_failed(two_canaries: Rollout)
     assert counts["canary-2"].failed == counts["canary-2"].requests == 4
 
 
-@pytest.mark.parametrize("unit", ["header:x-user", "request"])
-def test_a_unit_fails_once(rollout: Rollout, unit: str) -> None:
-    header = "X-User: somebody" if unit != "request" else "X-Request-Id: tried-again"
-    rollout.begin(1.0, epoch=1, unit=unit)
-    fails(rollout)
-    with rollout.gateway.connect() as client:
-        for _ in range(3):
-            assert arm_of(client, header) == "stable"
-        rollout.begin(1.0, epoch=2, unit=unit)
-        assert arm_of(client, header) == "stable"
-        rollout.canary.backend.failure = None
-        assert arm_of(client, header) == "canary"
-    first, second = rollout.canary_counts(1), rollout.canary_counts(2)
-    assert (first.requests, first.failed, first.failed_batches) == (3, 1, 1)
-    assert (second.requests, second.failed, second.batches) == (2, 0, 1)
-
-
-def test_a_sticky_unit_is_known_after_stable_took_over(rollout: Rollout) -> None:
-    rollout.begin(1.0, unit="header:x-user")
-    rollout.canary.backend.gate.clear()
-    with rollout.gateway.connect() as client:
-        for _ in range(2):
-            assert arm_of(client, "X-User: somebody", timeout(0.1)) == "stable"
-        rollout.gateway.until(lambda: not list(rollout.gateway.batcher("m", "2").outstanding()))
-    counts = rollout.canary_counts()
-    assert (counts.requests, counts.failed) == (2, 1)
-
-
 class TestBreaker:
     """A canary that fails one batch after the other is cut off before the controller knows."""
 
@@ -421,6 +396,27 @@ class TestBreaker:
             assert [arm_of(client) for _ in range(3)] == ["canary"] * 3
         assert (rollout.summary()["breaker"], rollout.summary()["opened"]) == ("closed", 1)
 
+    def test_an_answer_from_before_it_opened_does_not_close_it(self, two_canaries: Rollout) -> None:
+        rollout = two_canaries
+        rollout.limits = {"max_size": 1}
+        rollout.begin(1.0, breaker_failures=3)
+        first, second = (replica.backend for replica in rollout.canaries)
+        first.gate.clear()
+        second.gate.clear()
+        batcher = rollout.gateway.batcher("m", "2")
+        with callers(rollout.gateway, 2) as clients, rollout.gateway.connect() as other:
+            for i, client in enumerate(clients):
+                client.send(infer("m", i))
+                eventually(lambda n=i + 1: first.running + second.running == n)
+            # One hangs with a good answer, the other fails whatever comes.
+            first.failure = RuntimeError("a bad version")
+            first.gate.set()
+            eventually(lambda: arm_of(other) and rollout.summary()["breaker"] == "open")
+            second.gate.set()
+            assert {answered_by(client.reply()) for client in clients} == {"canary", "stable"}
+            rollout.gateway.until(lambda: not list(batcher.outstanding()))
+        assert (rollout.summary()["breaker"], rollout.summary()["opened"]) == ("open", 1)
+
     def test_an_answer_in_between_keeps_it_closed(self, rollout: Rollout) -> None:
         rollout.begin(1.0, breaker_failures=2)
         with rollout.gateway.connect() as client:
@@ -442,6 +438,33 @@ class TestBreaker:
         eventually(lambda: rollout.summary()["breaker"] == "open")
         # For the evidence they are as many as the runs that they waited for.
         assert rollout.canary_counts().failed_batches == 2
+
+    @pytest.mark.parametrize("unit", ["header:x-user", "request"])
+    def test_few_who_come_again_open_it(self, rollout: Rollout, unit: str) -> None:
+        rollout.begin(1.0, unit=unit, breaker_failures=5)
+        fails(rollout)
+        header = "X-User" if unit != "request" else "X-Request-Id"
+        with rollout.gateway.connect() as client:
+            for _ in range(5):
+                assert arm_of(client, f"{header}: somebody") == "stable"
+        assert rollout.summary()["breaker"] == "open"
+        assert rollout.canary_counts().failed == 1
+
+    def test_where_stable_is_gone_it_keeps_nothing_from_the_canary(self, rollout: Rollout) -> None:
+        rollout.limits = {"queue_hold_s": 0.0}
+        rollout.begin(1.0, breaker_failures=3)
+        fails(rollout)
+        gateway = rollout.gateway
+        with gateway.connect() as client:
+            assert [arm_of(client) for _ in range(3)] == ["stable"] * 3
+            assert rollout.summary()["breaker"] == "open"
+            rollout.canary.backend.failure = None
+            rollout.stable.stop()
+            gateway.until(lambda: not gateway.batcher("m", "1").ready)
+            assert [arm_of(client) for _ in range(3)] == ["canary"] * 3
+        # It was well: the breaker heard, the controller did not.
+        assert rollout.summary()["breaker"] == "closed"
+        assert rollout.canary_counts().requests == 3
 
     def test_what_clients_do_wrong_does_not_open_it(self, rollout: Rollout) -> None:
         rollout.begin(1.0, breaker_failures=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -98,6 +98,31 @@ def test_who_does_not_say_who_he_is_is_drawn(rollout: Rollout, unit: str) -> Non
     assert arms == {"canary", "stable"}
 
 
+@pytest.mark.parametrize(
+    ("unit", "empty"),
+    [
+        ("header:x-user", {"headers": ["X-User:"]}),
+        ("cookie:user", {"headers": ["Cookie: user=; a=b"]}),
+        ("parameter:user", {"parameters": {"user": ""}}),
+    ],
+    ids=["header", "cookie", "body"],
+)
+def test_an_empty_value_is_nobody(rollout: Rollout, unit: str, empty: dict[str, Any]) -> None:
+    rollout.begin(0.5, unit=unit)
+    with rollout.gateway.connect() as client:
+        arms = {answered_by(client.ask(infer("m", 1, **empty))) for _ in range(60)}
+    assert arms == {"canary", "stable"}
+
+
+def test_cookies_may_come_in_several_headers(rollout: Rollout) -> None:
+    rollout.begin(0.5, unit="cookie:user")
+    with rollout.gateway.connect() as client:
+        for user in range(12):
+            expected = "canary" if unit_point(SALT.encode(), b"%d" % user) < 0.5 else "stable"
+            assert arm_of(client, f"Cookie: user={user}", "Cookie: theme=dark") == expected
+            assert arm_of(client, "Cookie: theme=dark", f"Cookie: user={user}") == expected
+
+
 def test_testers_choose_their_arm_and_are_not_analysed(rollout: Rollout) -> None:
     overrides = (("x-canary", "always", "canary"), ("x-canary", "never", "stable"))
     rollout.begin(0.5, overrides=overrides)
@@ -158,6 +183,7 @@ def test_a_canary_without_room_gets_nothing(rollout: Rollout) -> None:
 def test_a_canary_that_could_not_answer_in_its_part_of_the_time_gets_nothing(
     rollout: Rollout,
 ) -> None:
+    rollout.limits = {"queue_max_wait_s": 60.0}
     rollout.begin(1.0)
     rollout.canary.backend.gate.clear()
     gateway = rollout.gateway
@@ -168,7 +194,6 @@ def test_a_canary_that_could_not_answer_in_its_part_of_the_time_gets_nothing(
             client.send(infer("m", i))
             gateway.until(lambda n=i + 1: batcher.in_flight + batcher.queue_depth == n)
         # One row waits, which takes 4 s: within the client's time, and beyond the canary's.
-        gateway.run(lambda: batcher.configure(replace(batcher.arm, queue_max_wait_s=60.0)))
         assert arm_of(other, "X-Request-Timeout-Ms: 6000") == "stable"
         assert rollout.summary()["diverted"] == 1
         rollout.canary.backend.gate.set()
