@@ -4,6 +4,7 @@ python -m benchmarks.rollouts [--rollouts N] [--cells batches/200/0.005,sticky/*
                               [--only false-rollbacks,bakes,detection,peers] [--seed 1]
 
 Each row of a result is made of N rollouts; without --rollouts it is as many as its part needs.
+With --cells other rows stay as a run before left them: false rollbacks by cell, bakes by traffic.
 """
 
 from __future__ import annotations
@@ -36,17 +37,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     RESULTS.mkdir(exist_ok=True)
     count = {part: options.rollouts or usual for part, usual in PARTS.items()}
+    some = len(options.cells) < len(false_rollbacks.cells())
     missed = 0
     if "false-rollbacks" in options.only:
         rows = _measured(
             "false-rollbacks",
             count,
             lambda rollouts: false_rollbacks.measure(options.cells, rollouts, options.seed),
+            keep=some,
         )
         plots.false_rollbacks(rows, RESULTS)
         missed = sum(row["upper"] > false_rollbacks.ALLOWED for row in rows)
     if "bakes" in options.only:
-        _measured("bakes", count, lambda rollouts: bakes.measure(rollouts, options.seed))
+        scenarios = {cell.scenario for cell in options.cells} if some else set(bakes.SCENARIOS)
+        _measured(
+            "bakes",
+            count,
+            lambda rollouts: bakes.measure(scenarios, rollouts, options.seed),
+            keep=some,
+        )
     if "detection" in options.only:
         rows = _measured(
             "detection", count, lambda rollouts: detection.measure(rollouts, options.seed)
@@ -98,7 +107,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _measured(
-    name: str, count: Mapping[str, int], measure: Callable[[int], list[dict[str, Any]]]
+    name: str,
+    count: Mapping[str, int],
+    measure: Callable[[int], list[dict[str, Any]]],
+    *,
+    keep: bool = False,
 ) -> list[dict[str, Any]]:
     begin = time.process_time()
     rows = measure(count[name])
@@ -113,6 +126,8 @@ def _measured(
         "rollouts": count[name],
         "cpu_seconds": round(time.process_time() - begin),
     }
+    if keep:
+        rows = report.with_kept(name, described, rows, RESULTS)
     report.write(name, described, rows, RESULTS)
     return rows
 

@@ -12,6 +12,39 @@ from benchmarks.results import table
 Row = Mapping[str, Any]
 
 
+_NUMBERS = frozenset({"rollouts", "ramp_s", "false", "upper", "by_trigger", "ended", "delay_s"})
+
+
+def with_kept(
+    name: str, machine: dict[str, Any], rows: Sequence[Row], directory: Path
+) -> list[dict[str, Any]]:
+    """The rows with those of an earlier run that they do not replace, in that run's order.
+
+    Where kept rows are from goes into `machine`.
+    """
+    path = directory / f"{name}.json"
+    if not path.exists():
+        return [dict(row) for row in rows]
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    fresh = {_key(row): dict(row) for row in rows}
+    kept = [row for row in earlier["rows"] if _key(row) not in fresh]
+    if kept:
+        source = earlier["machine"]
+        machine["kept"] = {
+            "rows": len(kept),
+            "of": list(dict.fromkeys(row["scenario"] for row in kept)),
+            "commit": source["commit"],
+            "command": source["command"],
+        }
+    merged = [fresh.pop(_key(row), row) for row in earlier["rows"]]
+    return [*merged, *fresh.values()]
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    """What was measured, without what came of it."""
+    return tuple(value for name, value in row.items() if name not in _NUMBERS)
+
+
 def write(name: str, machine: Mapping[str, Any], rows: Sequence[Row], directory: Path) -> None:
     """Write NAME.json and NAME.md into the directory."""
     document = {"benchmark": name, "machine": machine}
@@ -25,9 +58,18 @@ def write(name: str, machine: Mapping[str, Any], rows: Sequence[Row], directory:
         f"# {name}: {machine['date']}\n\n{machine['cpu']}, kernel {machine['kernel']}, Python "
         f"{machine['python']}, {packages}, commit {machine['commit']}.\n"
         f"Command: `{machine['command']}`: {machine['rollouts']:,} rollouts a row, "
-        f"{machine['cpu_seconds']} s of one core.\n\n"
+        f"{machine['cpu_seconds']} s of one core.\n{_kept(machine)}\n"
     )
     (directory / f"{name}.md").write_text(heading + _TABLES[name](rows) + "\n", encoding="utf-8")
+
+
+def _kept(machine: Mapping[str, Any]) -> str:
+    if (kept := machine.get("kept")) is None:
+        return ""
+    return (
+        f"{kept['rows']} rows ({', '.join(kept['of'])}) are of `{kept['command']}`, "
+        f"commit {kept['commit']}.\n"
+    )
 
 
 def _false_rollbacks(rows: Sequence[Row]) -> str:

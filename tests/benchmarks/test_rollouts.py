@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu, norm
 
 from benchmarks.rollouts import __main__ as command
-from benchmarks.rollouts import bakes, comparison, draws, false_rollbacks, simulate, traffic
+from benchmarks.rollouts import bakes, comparison, draws, false_rollbacks, report, simulate, traffic
 from benchmarks.rollouts.judge import Judge, fails, judges
 from benchmarks.rollouts.peers import ARGO, FLAGGER, Kayenta, ThresholdRule, mann_whitney_z
 from benchmarks.rollouts.traffic import Cell, Fault, Plan, default_ramp
@@ -378,3 +379,32 @@ def test_a_cell_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         command.main(["--cells", "stormy/1/0"])
     assert "stormy/1/0: no such cell" in capsys.readouterr().err
+
+
+def test_rows_that_were_not_measured_again_stay_and_say_where_they_are_from(
+    tmp_path: Path,
+) -> None:
+    def rows(*false: int) -> list[dict[str, Any]]:
+        names = ("sticky", "batches", "blips")
+        return [
+            {"cell": f"{name}/1/0", "scenario": name, "rate": 1.0, "base_error": 0.0}
+            | {"rollouts": 10, "ramp_s": 1, "false": n, "upper": 0.1, "by_trigger": {}}
+            for name, n in zip(names, false, strict=False)
+        ]
+
+    def machine(commit: str) -> dict[str, Any]:
+        fixed = {"date": "d", "cpu": "c", "kernel": "k", "python": "3", "packages": {}}
+        return fixed | {"commit": commit, "command": commit, "rollouts": 10, "cpu_seconds": 1}
+
+    report.write("false-rollbacks", machine("first"), rows(1, 2), tmp_path)
+    described = machine("second")
+    again = [rows(7)[0], rows(0, 0, 9)[2]]
+    merged = report.with_kept("false-rollbacks", described, again, tmp_path)
+    assert [(row["scenario"], row["false"]) for row in merged] == [
+        ("sticky", 7),
+        ("batches", 2),
+        ("blips", 9),
+    ]
+    report.write("false-rollbacks", described, merged, tmp_path)
+    page = (tmp_path / "false-rollbacks.md").read_text()
+    assert "1 rows (batches) are of `first`, commit first." in page
