@@ -6,6 +6,8 @@ import json
 import os
 import socket
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +104,12 @@ def test_an_address_of_another_machine(tmp_path: Path) -> None:
 )
 def test_a_usage_error_is_one_plain_line(tmp_path: Path, arguments: list[str], words: str) -> None:
     assert words in fails(*arguments, home=tmp_path, code=2)
+
+
+def test_the_package_is_the_command() -> None:
+    command = [sys.executable, "-m", "serving", "config", "schema"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["title"] == "ServingConfig"
 
 
 @pytest.mark.parametrize("arguments", [[], ["config"]])
