@@ -339,7 +339,7 @@ def test_on_a_terminal_it_is_live_to_the_end(cli: Cli) -> None:
     terminal = Terminal(cli, "rollout", "watch", "digits")
     terminal.read_until("observing, step 1 of 3")
     terminal.read_until("of 10^2.5")
-    terminal.read_until("unpriced")
+    terminal.read_until("$/1000")
     cli.desk.a_look = {"seconds": 5}
     terminal.read_until("50 % to version 2")
     assert terminal.wait() == 0, terminal.output
