@@ -9,13 +9,12 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
-from serving import artifacts
 from serving.config import ServingConfig
 from serving.control.board import RouteBoard
 from serving.control.budgets import Budgets
+from serving.control.bundles import Bundles
 from serving.control.cost_metrics import CostMetrics
 from serving.control.cost_views import cost_view
 from serving.control.feedback import Feedback
@@ -36,7 +35,7 @@ from serving.control.scaler import Scaler
 from serving.control.state import Cluster, NoProviders, Providers, Resolver, State
 from serving.control.totals import BASE, Totals, instance_of
 from serving.core.routing import RouteTable
-from serving.errors import ArtifactError, ClusterError, OperatorError, ServingError, Unavailable
+from serving.errors import ClusterError, OperatorError, ServingError, Unavailable
 from serving.store.audit import Head
 from serving.store.sql import Store
 
@@ -49,7 +48,6 @@ REPORT_WAIT_TICKS: Final = 4
 IDLE_OBSERVE_TICKS: Final = 5
 FAREWELL_S: Final = 2.0
 """At the end, how long webhooks may take to be told what they were not yet."""
-MAX_CHUNK: Final = 4 << 20
 
 
 class Controller:
@@ -90,6 +88,7 @@ class Controller:
         self._new_providers = providers
         self._keep_agents, self._node_labels = agents, labels
         self._listen_tcp = listen_tcp
+        self.bundles = Bundles(config.home_dir)
         self._in_store, self._in_registry = _thread("store"), _thread("registry")
         self._in_cluster = _thread("cluster", timeout_s=CLUSTER_TIMEOUT_S)
         self._wake = asyncio.Event()
@@ -156,7 +155,7 @@ class Controller:
         self.placer = Placer(
             self.gpus.standings,
             lambda: [n.host or n.node for n in self.gpus.nodes() if n.age_s is None],
-            Needs(self.config.gpu.safety_margin, self._artifact_bytes),
+            Needs(self.config.gpu.safety_margin, self.bundles.size),
             self.clock,
         )
         self.scaler = Scaler(
@@ -263,25 +262,6 @@ class Controller:
         splits = (route.split for route in self.board.table.models.values())
         return max((s.feedback["window_s"] for s in splits if s and s.feedback), default=0.0)
 
-    def manifest(self, digest: str) -> dict[str, Any]:
-        """The files of a cached artifact. Raises `ArtifactError`."""
-        return artifacts.read_manifest(self._cached(digest)).to_dict()
-
-    async def read_artifact(self, digest: str, path: str, offset: int, size: int) -> bytes:
-        """At most 4 MiB of one file of a cached artifact. Raises `ArtifactError`."""
-        directory = self._cached(digest)
-        listed = {f.path for f in artifacts.read_manifest(directory).files}
-        if path not in listed | {artifacts.MANIFEST_FILE}:
-            raise ArtifactError(f"{digest}: it has no file {path!r}")
-        return await asyncio.to_thread(_read, directory / path, offset, min(size, MAX_CHUNK))
-
-    def _artifact_bytes(self, digest: str) -> int | None:
-        """The size of a bundle's files; None if they are not in the cache."""
-        try:
-            return sum(f.size for f in artifacts.read_manifest(self._cached(digest)).files)
-        except ArtifactError:
-            return None
-
     def lease_gpu(self, app: str, replica: str, node: str, pid: int) -> dict[str, Any] | None:
         """See `Placer.lease`; the lease as `GpuLease.to_dict`, or None for the CPU."""
         if not self._may_act():
@@ -290,12 +270,6 @@ class Controller:
             raise Unavailable("just started: Ray has not said yet which nodes have GPUs")
         lease = self.placer.lease(app, replica, node, pid, self.state, self.rollouts.records)
         return None if lease is None else lease.to_dict()
-
-    def _cached(self, digest: str) -> Path:
-        directory = artifacts.cache_dir(self.config.home_dir, digest)
-        if not directory.is_dir():
-            raise ArtifactError(f"{digest}: not in the controller's cache")
-        return directory
 
     # What an operator calls.
 
@@ -516,9 +490,3 @@ def _thread(name: str, timeout_s: float | None = None) -> Blocking:
             raise ClusterError(f"the {name} did not answer within {timeout_s:g} s") from None
 
     return run
-
-
-def _read(path: Path, offset: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)

@@ -137,11 +137,11 @@ class Controller:
 
     async def manifest(self, digest: str) -> dict[str, Any]:
         """The files of an artifact."""
-        return self._core.manifest(digest)
+        return self._core.bundles.manifest(digest)
 
     async def read_artifact(self, digest: str, path: str, offset: int, size: int) -> bytes:
         """A part of one file of an artifact."""
-        return await self._core.read_artifact(digest, path, offset, size)
+        return await self._core.bundles.read(digest, path, offset, size)
 
     async def issue_certificate(self, csr_pem: str) -> dict[str, str]:
         """Sign a replica's or gateway's certificate request with the cluster's CA."""

@@ -63,20 +63,20 @@ def test_artifacts_are_read_in_parts_and_nothing_else_is(tmp_path: Path) -> None
         world = World(tmp_path)
         controller = await world.controller()
         with pytest.raises(ArtifactError, match="not in the controller's cache"):
-            controller.manifest(digest)
+            controller.bundles.manifest(digest)
         artifacts.place_copy(tmp_path, digest, tmp_path / "bundle")
-        files = {f["path"]: f for f in controller.manifest(digest)["files"]}
+        files = {f["path"]: f for f in controller.bundles.manifest(digest)["files"]}
         size = files["model.pt2"]["size"]
         parts = [
-            await controller.read_artifact(digest, "model.pt2", at, 3000)
+            await controller.bundles.read(digest, "model.pt2", at, 3000)
             for at in range(0, size, 3000)
         ]
         assert b"".join(parts) == (tmp_path / "bundle" / "model.pt2").read_bytes()
         for path in ("../../store.db", "/etc/passwd", "nested", ""):
             with pytest.raises(ArtifactError, match="has no file"):
-                await controller.read_artifact(digest, path, 0, 10)
+                await controller.bundles.read(digest, path, 0, 10)
         with pytest.raises(ArtifactError):
-            controller.manifest("../../etc")
+            controller.bundles.manifest("../../etc")
 
     asyncio.run(scenario())
 
