@@ -192,6 +192,10 @@ def plugged(gateway: Gateway, replica: Replica) -> Iterator[None]:
             for i, client in enumerate(clients):
                 client.send(infer("m", 900 + i))
                 gateway.until(lambda n=i: batcher.in_flight == n + 1)
+                # There, not only on its way: two might overtake each other.
+                eventually(
+                    lambda n=i: replica.backend.running and replica.server.engine.waiting == n
+                )
             yield
         finally:
             replica.backend.gate.set()
