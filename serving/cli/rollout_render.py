@@ -165,7 +165,9 @@ def _detections(plan: Plain) -> RenderableType:
         noticed = d["seconds"] is not None
         table.add_row(
             d["regression"],
-            d["trigger"] if noticed else Text("nothing", style="yellow"),
+            d["trigger"]
+            if noticed
+            else Text("nothing: too small, or too little traffic", style="yellow"),
             words.duration(d["seconds"]) if noticed else "–",
             "–"
             if d["step"] is None

@@ -112,6 +112,8 @@ def _objective(slo: str | None, max_cost: float | None) -> Objective:
             f"--slo {slo!r}; expected PERCENTILE=TIME such as p99=50ms, "
             f"PERCENTILE one of {', '.join(PERCENTILES)}"
         )
+    if not limit:
+        raise ConfigError(f"--slo {slo!r}: no time; expected such as {percentile}=50ms")
     return Objective(percentile, _seconds("--slo", limit), max_cost)
 
 

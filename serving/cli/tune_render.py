@@ -74,7 +74,8 @@ def _advice(found: dict[str, Any]) -> list[Text]:
     return [
         Text(
             f"{dear} for {found['objective']}: {chosen['throughput']:,.0f} rows/s with "
-            f"{chosen['concurrency']} in flight; HTTP and the gateway come on top\n"
+            f"{chosen['concurrency']} in flight. This is the replicas' part: HTTP and the gateway "
+            "come on top\n"
         ),
         Text(yaml.safe_dump(found["patch"], sort_keys=False, default_flow_style=None).rstrip()),
     ]

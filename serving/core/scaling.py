@@ -233,7 +233,8 @@ def _load(scaling: Scaling, seen: Observation) -> str:
     delay = "nothing queued"
     if seen.queue_delay_s is not None:
         target = scaling.target_queue_delay_s * 1e3
-        delay = f"queue delay {seen.queue_delay_s * 1e3:.3g} ms of {target:g} ms"
+        found = seen.queue_delay_s * 1e3
+        delay = f"queue delay {found:{',.0f' if found >= 100 else '.3g'}} ms of {target:g} ms"
     if seen.busy is None:
         return delay
     return f"{delay}, {seen.busy:.2f} of {seen.ready} replicas busy"

@@ -71,6 +71,7 @@ def test_precisions_of_a_torch_model_and_a_price_of_ones_own(home: Path) -> None
     [
         (["mlp", "--slo", "p98=5ms"], "--slo 'p98=5ms'; expected PERCENTILE=TIME such as p99=50ms"),
         (["mlp", "--slo", "p99=5"], "--slo: '5' is no time above 0; allowed: such as 500us"),
+        (["mlp", "--slo", "p99"], "--slo 'p99': no time; expected such as p99=50ms"),
         (["mlp", "--budget", "0s"], "--budget: '0s' is no time above 0"),
         (["mlp", "--max-cost", "-1"], "--max-cost -1; expected USD a million rows"),
         (["mlp", "--instances", "0,2"], "--instances '0,2'; expected numbers from 1 to 64"),
