@@ -7,6 +7,7 @@ a restart of the controller the first look is where it goes on from: rollouts ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -44,16 +45,30 @@ class IncidentWatch:
     def __init__(self, fleet: Fleet, standings: Callable[[], Sequence[Standing]]) -> None:
         self._fleet, self._standings = fleet, standings
         self._seen: dict[str, _Seen] = {}
+        # What looks have seen that are not confirmed.
+        self._looked: dict[str, _Seen] = {}
 
     def look(self, app: str, arm: ArmName, now: float) -> list[Incident]:
-        """What has happened to an application's replicas since the last look (Unix seconds)."""
-        seen = self._seen.setdefault(app, _Seen())
+        """What has happened to an application's replicas since the last look that was confirmed.
+
+        `now` is Unix seconds.
+        """
+        seen = self._looked[app] = deepcopy(self._seen.get(app, _Seen()))
         replicas = self._fleet.of(app)
         return [
             *_ooms(seen, replicas, arm, now),
             *_fatal(seen, replicas, arm, now),
             *self._xids(seen, app, replicas, arm, now),
         ]
+
+    def confirm(self) -> None:
+        """What was found since `drop` is kept: the next looks go on from there."""
+        self._seen |= self._looked
+        self._looked = {}
+
+    def drop(self) -> None:
+        """Go by the looks that were confirmed."""
+        self._looked = {}
 
     def gpus(self, app: str) -> tuple[CanaryGpu, ...]:
         """The replicas of an application that are on a GPU, with how that is now."""

@@ -136,16 +136,27 @@ class Mover:
         return all(r.info.get("gpu") in known for r in self._reconciler.fleet.of(app.name))
 
     def _stranded(self, app: AppSpec) -> list[str]:
-        """Seats on nodes that have no room any more, while another node has."""
+        """Seats that Serve gives up, or on nodes that have no room while another node has."""
+        dead = self._given_up(app)
         replicas = [r for r in self._reconciler.fleet.of(app.name) if r.seat not in self._leaving]
         there = self._reconciler.apps[app.name].seats.keys() - {
             r.seat for r in replicas if r.state != "failed"
         }
         failed = {r.seat: r.endpoint.node for r in replicas if r.seat in there}
         if not failed:
-            return []
+            return dead
         nodes = self._placer.wanted_nodes(app, self._reconciler.state, self._records())
-        return [seat for seat, node in sorted(failed.items()) if nodes and node not in nodes]
+        roomless = [s for s, node in sorted(failed.items()) if nodes and node not in nodes]
+        return [*dead, *(seat for seat in roomless if seat not in dead)]
+
+    def _given_up(self, app: AppSpec) -> list[str]:
+        """Seats that Serve does not try to start any more: another one may be luckier."""
+        ready = {r.seat for r in self._reconciler.fleet.of(app.name) if r.state == "ready"}
+        return [
+            seat
+            for seat, phase in sorted(self._reconciler.apps[app.name].seats.items())
+            if phase is Phase.FAILED and seat not in ready and seat not in self._leaving
+        ]
 
     def _room(self, app: AppSpec, coming: int, wanted: int) -> int:
         state = self._reconciler.state

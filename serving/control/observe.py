@@ -7,7 +7,7 @@ the rollout's record, so that no restart is lost with a tick that could not be c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from serving.control.fleet import Fleet
@@ -26,15 +26,6 @@ from serving.core.rollout_types import ProviderState, Rollout, Snapshot
 _LONGEST_LOOK_S: Final = 300.0
 """Some triggers look back this far whatever their plan says."""
 _INCIDENTS_KEPT: Final = 200
-
-
-@dataclass(slots=True)
-class _Shape:
-    """Of a canary's application, the seats that were ever seen, and the most replicas at a time."""
-
-    app: str
-    seats: set[str]
-    largest: int = 0
 
 
 class Observer:
@@ -57,8 +48,6 @@ class Observer:
         self._totals = totals
         self._clock = clock
         self._tick_s, self._drain_s = tick_s, drain_s
-        # By rollout.
-        self._shapes: dict[str, _Shape] = {}
         self._answers: dict[str, dict[str, ProviderState]] = {}
 
     def snapshot(
@@ -80,6 +69,14 @@ class Observer:
         answers = dict(providers.poll(rollout, now, due_hooks(rollout, seen)))
         self._answers[rollout.id] = answers
         return replace(seen, providers=answers), recorded
+
+    def begin(self) -> None:
+        """A tick begins: what the last one saw and could not save is seen again."""
+        self._watch.drop()
+
+    def saved(self) -> None:
+        """What the tick saw is in the store."""
+        self._watch.confirm()
 
     def sight(self, record: Record, *, gateways_known: bool = True) -> Snapshot:
         """What there is to see, without asking anybody or remembering it."""
@@ -126,7 +123,6 @@ class Observer:
     def forget(self, rollout: Rollout) -> None:
         """The rollout is over."""
         self._answers.pop(rollout.id, None)
-        self._shapes.pop(rollout.id, None)
         models = self._reconciler.state.routed.models.values()
         self._watch.keep(s.app.name for m in models for s in m.versions.values())
 
@@ -170,23 +166,10 @@ class Observer:
         if served is None:
             return (), known
         app = served.app.name
-        running = self._fleet.of(app)
-        seats = [((r.endpoint.replica, int(r.info["pid"])), r.seat) for r in running]
-        current = {pair for pair, _ in seats}
-        new = known.new(app, current)
-        shape = self._shapes.get(record.rollout.id)
-        if shape is None or shape.app != app:
-            shape = self._shapes[record.rollout.id] = _Shape(app, {r.seat for r in running})
-            shape.largest = len(current)
-        # One in a seat of its own moved there, or is one more.
-        restarted = sum(pair in new and seat in shape.seats for pair, seat in seats)
-        if served.app.scaling is not None:
-            restarted = max(0, restarted - max(0, len(current) - shape.largest))
-        shape.seats |= {r.seat for r in running}
-        shape.largest = max(shape.largest, len(current))
+        current = {(r.endpoint.replica, int(r.info["pid"])): r.seat for r in self._fleet.of(app)}
+        restarted, known = known.looked(app, current, scaled=served.app.scaling is not None)
         # Two at once are two.
-        restarts = tuple(now + i * 1e-3 for i in range(restarted))
-        return restarts, known.with_current(app, current)
+        return tuple(now + i * 1e-3 for i in range(restarted)), known
 
 
 def _span_s(rollout: Rollout) -> float:

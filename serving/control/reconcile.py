@@ -238,8 +238,8 @@ class Reconciler:
             self.settled = not (decision.pending or decision.start or decision.retire)
             start = [replace(app, count=max(1, self.state.wanted(app))) for app in decision.start]
         await self._start(start)
-        await self._scale()
         await self._delete(drained)
+        await self._scale()
 
     def _observed(self) -> dict[str, ObservedApp]:
         unix = self._clock.unix()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from serving.core.plan import Layout, ServedModel
@@ -24,20 +24,38 @@ _TAKING_BACK: Final = frozenset({State.ROLLING_BACK, State.ROLLBACK_FAILED})
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """The replicas of an application that were seen, as (replica, pid)."""
+    """The replicas of an application that were `seen`, as (replica, pid).
+
+    `seats` are those that they had, `largest` the most that there were at a time.
+    """
 
     app: str = ""
     seen: tuple[tuple[str, int], ...] = ()
+    seats: tuple[str, ...] = ()
+    largest: int = 0
 
-    def with_current(self, app: str, current: Set[tuple[str, int]]) -> Replicas:
-        """After another look. Another application's replicas are forgotten."""
-        before = self.seen if app == self.app else ()
-        gone = [replica for replica in before if replica not in current]
-        return Replicas(app, (*gone[-_GONE_KEPT:], *sorted(current)))
+    def looked(
+        self, app: str, current: Mapping[tuple[str, int], str], *, scaled: bool
+    ) -> tuple[int, Replicas]:
+        """How many have taken a dead one's place, and what is known after this look.
 
-    def new(self, app: str, current: Set[tuple[str, int]]) -> Set[tuple[str, int]]:
-        """Those that were not there before; of an application never seen before, none."""
-        return current - set(self.seen) if app == self.app else frozenset()
+        `current` are those that are there, with their seats: one in a seat of its own has moved
+        there, or is one more. `scaled`: without seats of their own, more than ever are no restarts
+        either. Of an application never seen before there are none.
+        """
+        before = self if app == self.app else Replicas(app)
+        known = set(before.seen or current)
+        seats = set(before.seats or current.values())
+        restarts = sum(seat in seats for replica, seat in current.items() if replica not in known)
+        if scaled:
+            restarts = max(0, restarts - max(0, len(current) - before.largest))
+        gone = [replica for replica in before.seen if replica not in current]
+        return restarts, Replicas(
+            app,
+            (*gone[-_GONE_KEPT:], *sorted(current)),
+            (*before.seats, *sorted(set(current.values()) - set(before.seats)))[-_GONE_KEPT:],
+            max(before.largest, len(current)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +128,7 @@ class Record:
             "rollback_ms": self.rollback_ms,
             "costs": windows_to_dict(self.costs),
             "incidents": [incident.to_dict() for incident in self.incidents],
-            "replicas": {"app": self.replicas.app, "seen": [list(r) for r in self.replicas.seen]},
+            "replicas": asdict(self.replicas),
         }
         finished_at = None if rollout.active else rollout.finished_at
         state = rollout.state.value
@@ -140,7 +158,8 @@ class Record:
 def _replicas(raw: Mapping[str, Any] | None) -> Replicas:
     if raw is None:
         return Replicas()
-    return Replicas(raw["app"], tuple((replica, pid) for replica, pid in raw["seen"]))
+    seen = tuple((replica, pid) for replica, pid in raw["seen"])
+    return Replicas(raw["app"], seen, tuple(raw["seats"]), raw["largest"])
 
 
 def _tally(raw: list[int]) -> Tally:

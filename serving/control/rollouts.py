@@ -167,6 +167,7 @@ class Rollouts:
         """Look at every model's first rollout once. Raises `StoreError` or `ConflictError`."""
         urgent, self._urgent = self._urgent, False
         heads = {id(r) for r in self._heads(self.records)}
+        self.observer.begin()
         after = [
             self._decided_alone(r, gateways_known, urgent) if id(r) in heads else r
             for r in self.records
@@ -177,6 +178,7 @@ class Rollouts:
             # What it has seen is not decided yet.
             self._urgent = True
             raise
+        self.observer.saved()
 
     async def command(
         self, key: str, name: str, *, actor: str, reason: str, expected_state: str | None

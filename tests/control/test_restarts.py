@@ -101,9 +101,23 @@ def test_a_replica_that_was_not_heard_for_a_while_is_no_restart(world: RolloutWo
 def test_who_was_seen_is_remembered_within_bounds() -> None:
     known = Replicas()
     for n in range(2000):
-        current = {(f"app#{n}", 1), ("app#stays", 1)}
-        assert known.new("app", current) == ({(f"app#{n}", 1)} if n else set())
-        known = known.with_current("app", current)
+        current = {(f"app#{n}", 1): "app", ("app#stays", 1): "app"}
+        restarts, known = known.looked("app", current, scaled=False)
+        assert restarts == (1 if n else 0)
     assert len(known.seen) < 300
-    assert not known.new("app", {("app#1990", 1)})
-    assert known.with_current("other", {("other#1", 1)}).seen == (("other#1", 1),)
+    assert known.looked("app", {("app#1990", 1): "app"}, scaled=False)[0] == 0
+    assert known.looked("other", {("other#1", 1): "other"}, scaled=False)[1] == Replicas(
+        "other", (("other#1", 1),), ("other",), 1
+    )
+
+
+def test_one_more_and_one_that_moved_are_no_restarts() -> None:
+    _, known = Replicas().looked("app", {("a", 1): "app.0"}, scaled=False)
+    moved, known = known.looked("app", {("a", 1): "app.0", ("b", 2): "app.1"}, scaled=False)
+    assert moved == 0
+    died, known = known.looked("app", {("a", 1): "app.0", ("c", 3): "app.1"}, scaled=False)
+    assert died == 1
+    _, grown = Replicas().looked("app", {("a", 1): "app"}, scaled=True)
+    more, grown = grown.looked("app", {("a", 1): "app", ("b", 2): "app"}, scaled=True)
+    assert more == 0
+    assert grown.looked("app", {("a", 1): "app", ("c", 3): "app"}, scaled=True)[0] == 1
