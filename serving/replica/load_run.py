@@ -7,8 +7,10 @@ largest batch, and the engine merges what waits behind a run.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -31,6 +33,7 @@ from serving.replica.rules import rules_for
 _CONNECTIONS: Final = 2
 _WARM_SHARE: Final = 0.2
 _MAX_LATENCIES: Final = 20_000
+_PR_SET_PDEATHSIG: Final = 1
 
 
 class Clients:
@@ -147,8 +150,17 @@ def _load(asked: Mapping[str, Any]) -> Bench:
     return bench
 
 
+def _die_with(parent: int) -> None:
+    """Let this process end with its parent, also in the middle of a run (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
 def main() -> int:
-    """The process. Gives the exit status."""
+    """The process; its argument is the number of its parent. Gives the exit status."""
+    _die_with(int(sys.argv[1]))
     # Runtimes and models print to stdout; the answers must be alone there.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

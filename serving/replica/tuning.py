@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from types import FrameType
+from typing import Any, Final, NoReturn
 
 import numpy as np
 
@@ -29,7 +33,11 @@ from serving.core.tuning import (
 )
 from serving.errors import ArtifactError
 
+_COMMAND: Final = (sys.executable, "-m", "serving.replica.load_run")
 _LOAD_TIMEOUT_S: Final = 600.0
+_END_TIMEOUT_S: Final = 10.0
+_LOOK_S: Final = 0.2
+"""How often to look whether a child that does not answer is alive."""
 _LEAST_S, _MOST_S = 0.1, 5.0
 """How long one setting is measured."""
 
@@ -73,7 +81,7 @@ def tune(
     each_s = min(max(each_s, _LEAST_S), _MOST_S)
     for precision, plan in plans.items():
         say(f"loading {_times(space.instances[-1])}, precision {precision}")
-        with _instances(space, precision, tuned) as running:
+        with _ended_in_order(), _instances(space, precision, tuned) as running:
             for setting in plan:
                 if setting.instances <= len(running):
                     _measure(setting, running, each_s, usd_per_hour, tuned, say)
@@ -95,13 +103,19 @@ def _measure(
         setting.concurrency // len(used) + (i < setting.concurrency % len(used))
         for i in range(len(used))
     ]
-    try:
-        asked = [(r, share) for r, share in zip(used, shares, strict=True) if share]
-        for instance, share in asked:
-            instance.ask(max_size=setting.max_size, concurrency=share, seconds=seconds)
-        answers = [instance.answer(_LOAD_TIMEOUT_S) for instance, _ in asked]
-    except ArtifactError as error:
-        tuned.left_out.append(f"{_named(setting)}: {error}")
+    asked = [(r, share) for r, share in zip(used, shares, strict=True) if share]
+    for instance, share in asked:
+        instance.ask(max_size=setting.max_size, concurrency=share, seconds=seconds)
+    answers: list[dict[str, Any]] = []
+    errors: list[ArtifactError] = []
+    # An answer that is not read here would be taken for that of the next setting.
+    for instance, _ in asked:
+        try:
+            answers.append(instance.answer(_LOAD_TIMEOUT_S))
+        except ArtifactError as error:
+            errors.append(error)
+    if errors:
+        tuned.left_out.append(f"{_named(setting)}: {errors[0]}")
         return
     throughput = sum(a["requests"] / a["seconds"] for a in answers)
     pooled, weights = _pooled(answers)
@@ -137,48 +151,116 @@ def _quantile(values: Any, weights: Any, q: float) -> float:
 
 
 class _Instance:
-    """One child process with the model loaded."""
+    """One child process with the model loaded, and whatever processes that starts."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "serving.replica.load_run"],
+            [*_COMMAND, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
-            bufsize=1,
+            start_new_session=True,
         )
+        self._read = b""
+        self._killed = False
 
     def ask(self, **asked: Any) -> None:
         """Send one command; whether it arrived is seen by the answer."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
-            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._process.stdin.flush()
 
     def answer(self, timeout_s: float) -> dict[str, Any]:
         """The next answer. Raises `ArtifactError` with what the child says, or that it died."""
-        assert self._process.stdout is not None
-        watchdog = threading.Timer(timeout_s, self._process.kill)
-        watchdog.start()
-        started = time.monotonic()
-        try:
-            line = self._process.stdout.readline()
-        finally:
-            watchdog.cancel()
-        if not line:
-            status = self._process.wait()
-            late = time.monotonic() - started >= timeout_s
+        deadline = time.monotonic() + timeout_s
+        line = self._line(deadline)
+        if line is None:
+            late = time.monotonic() >= deadline
+            status = None if late else self._status()
+            self._kill()
             why = f"took longer than {timeout_s:g} s" if late else f"ended with status {status}"
             raise ArtifactError(f"the process of an instance {why}")
-        found: dict[str, Any] = json.loads(line)
+        try:
+            found: dict[str, Any] = dict(json.loads(line))
+        except (ValueError, TypeError):
+            self._kill()
+            raise ArtifactError("the process of an instance gave no proper answer") from None
         if "error" in found:
             raise ArtifactError(found["error"])
         return found
 
     def end(self) -> None:
         """End it, whatever it does."""
-        self._process.kill()
-        self._process.communicate()
+        self._kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_TIMEOUT_S)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def _line(self, deadline: float) -> bytes | None:
+        """The next whole line; none if it died or is late.
+
+        The end of the pipe alone does not tell: a process that the child started may have it too.
+        """
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        poller = select.poll()
+        poller.register(pipe, select.POLLIN)
+        while b"\n" not in self._read:
+            # Before the look at the pipe, which then has all that it wrote.
+            died = self._process.poll() is not None
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return None
+            if poller.poll(0 if died else 1e3 * min(left_s, _LOOK_S)):
+                more = os.read(pipe, 1 << 16)
+                if not more:
+                    return None
+                self._read += more
+            elif died:
+                return None
+        line, _, self._read = self._read.partition(b"\n")
+        return line
+
+    def _status(self) -> int | None:
+        """Its exit status; none if it closed its output and goes on."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(_END_TIMEOUT_S)
+        return None
+
+    def _kill(self) -> None:
+        """Kill its group, once: later the number may be that of another."""
+        if not self._killed:
+            self._killed = True
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise `SystemExit`, so that the children are ended.
+
+    Only where they would have ended the process, and in the main thread.
+    """
+    replaced: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _exit)
+                replaced.append(number)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager
