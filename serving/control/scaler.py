@@ -122,6 +122,7 @@ class Scaler:
             tracked.load.rate,
             totals.waiting,
             floor,
+            totals.in_flight,
         )
         decision = decide(scaling, wanted, tracked.seen, tracked.memory)
         tracked.memory, tracked.reason = decision.memory, decision.reason

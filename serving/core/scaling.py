@@ -71,7 +71,7 @@ class Observation:
     `queue_delay_s` is a high quantile, None where nothing was answered and nothing waits; `busy` is
     the run time of all replicas over the time that passed (1.0: one is always busy), None where no
     replica has said it yet; `rate` the requests a second that came, refused ones too; `waiting`
-    those that wait now. `floor` replicas are kept for a rollout.
+    those that wait now, `in_flight` those at replicas. `floor` replicas are kept for a rollout.
     """
 
     now: float
@@ -81,6 +81,7 @@ class Observation:
     rate: float
     waiting: int = 0
     floor: int = 0
+    in_flight: int = 0
 
 
 class Wish(NamedTuple):
@@ -166,7 +167,7 @@ def _remember(scaling: Scaling, wanted: int, seen: Observation, memory: Memory) 
         memory = replace(memory, ready=seen.ready, ready_since=seen.now)
     up, down = _wishes(scaling, wanted, seen, settled=_settled(seen, memory))
     kept = tuple(w for w in memory.wishes if w.at >= seen.now - scaling.scale_down_after_s)
-    active = seen.rate > 0 or seen.waiting > 0
+    active = seen.rate > 0 or seen.waiting > 0 or seen.in_flight > 0
     return replace(
         memory,
         wishes=(*kept, Wish(seen.now, up, down, seen.rate)),

@@ -234,6 +234,21 @@ def test_one_that_sleeps_is_woken_by_the_report_of_a_waiting_request(world: Scal
     run(scenario())
 
 
+def test_none_sleeps_while_a_request_runs(world: ScaledWorld) -> None:
+    async def scenario() -> None:
+        scaling = {"min": 0, "max": 2, "idle_to_zero_after": "5s"}
+        controller = await world.serving(scaling=scaling)
+        world.traffic.requests_s = 0
+        for in_flight, seconds, state in ((1, 20, "ready"), (0, 12, "asleep")):
+            for _ in range(seconds):
+                rows = [model_row("1", 0, in_flight=in_flight)]
+                controller.report(gateway_report("g9", controller.board.revision, rows))
+                await world.second(controller)
+            assert shown(controller)["state"] == state
+
+    run(scenario())
+
+
 def test_a_rollout_wakes_what_sleeps(world: ScaledWorld) -> None:
     async def scenario() -> None:
         scaling = {"min": 0, "max": 2, "idle_to_zero_after": "5s"}

@@ -54,6 +54,7 @@ observations = st.builds(
     busy=st.none() | st.floats(0, 20),
     rate=st.floats(0, 1e6),
     waiting=st.integers(0, 10_000),
+    in_flight=st.integers(0, 100),
     floor=st.integers(0, 12),
 )
 bounds = st.tuples(st.integers(0, 6), st.integers(1, 9)).map(lambda b: (min(b), max(b)))
@@ -198,6 +199,14 @@ def test_an_arm_that_nobody_asks_sleeps_and_wakes() -> None:
     assert arm.wanted == 1
     arm.seconds(19, 0.0, rate=0.0)
     assert arm.wanted == 1
+
+
+def test_an_arm_does_not_sleep_while_a_request_runs() -> None:
+    scaling = replace(SCALING, least=0, idle_to_zero_after_s=20.0)
+    arm = Arm(scaling, 1)
+    assert arm.seconds(60, 0.0, rate=0.0, in_flight=1) == 1
+    assert arm.seconds(19, 0.0, rate=0.0) == 1
+    assert arm.second(0.0, rate=0.0) == 0
 
 
 def test_a_rollout_wakes_and_keeps_awake() -> None:
