@@ -11,14 +11,49 @@ from serving.control.fleet import Replica
 from serving.control.totals import ArmTotals, Histogram
 from serving.core.ledger import ReplicaUsage
 from serving.core.scaling import WINDOW_S
+from serving.errors import (
+    BudgetSpent,
+    Forbidden,
+    HeadersTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    PayloadTooLarge,
+    RequestTimeout,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+    UnsupportedEncoding,
+)
 
 QUANTILE: Final = 0.95
 """Of queue delays: so many requests wait no longer."""
-_REFUSED: Final = ("overloaded", "unavailable")
+_REFUSED: Final = (Overloaded.slug, Unavailable.slug)
+_NOT_ADMITTED: Final = frozenset(
+    error.slug
+    for error in (
+        BudgetSpent,
+        Forbidden,
+        HeadersTooLarge,
+        InvalidRequest,
+        MethodNotAllowed,
+        NotFound,
+        PayloadTooLarge,
+        RequestTimeout,
+        Unauthenticated,
+        Unsupported,
+        UnsupportedEncoding,
+    )
+)
+"""Outcomes that are the client's fault: no replica, however many there were, would have helped."""
 
 
 class _Counted(NamedTuple):
-    """An arm's totals at a time; `queue` are the counts of its queue delays by bucket."""
+    """An arm's totals at a time; `queue` are the counts of its queue delays by bucket.
+
+    `requests` are those that a replica could have answered.
+    """
 
     at: float
     requests: int
@@ -47,7 +82,7 @@ class Load:
         """Take in the arm's totals and the last announcements of its replicas."""
         queue = totals.histograms.get("queue") or Histogram.empty(())
         refused = sum(totals.requests.get(outcome, 0) for outcome in _REFUSED)
-        requests = sum(totals.requests.values())
+        requests = sum(n for outcome, n in totals.requests.items() if outcome not in _NOT_ADMITTED)
         counted = _Counted(now, requests, refused, tuple(queue.counts), queue.bounds)
         if self._counted and (self._counted[-1].bounds != counted.bounds or _fell(self, counted)):
             self._counted.clear()
@@ -63,7 +98,7 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Requests a second, refused ones too."""
+        """Requests a second that a replica could have answered, refused ones too."""
         first, last = self._counted[0], self._counted[-1]
         return (
             (last.requests - first.requests) / (last.at - first.at) if last.at > first.at else 0.0

@@ -70,8 +70,9 @@ class Observation:
 
     `queue_delay_s` is a high quantile, None where nothing was answered and nothing waits; `busy` is
     the run time of all replicas over the time that passed (1.0: one is always busy), None where no
-    replica has said it yet; `rate` the requests a second that came, refused ones too; `waiting`
-    those that wait now, `in_flight` those at replicas. `floor` replicas are kept for a rollout.
+    replica has said it yet; `rate` the requests a second that a replica could have answered,
+    refused ones too; `waiting` those that wait now, `in_flight` those at replicas. `floor` replicas
+    are kept for a rollout.
     """
 
     now: float
@@ -167,7 +168,8 @@ def _remember(scaling: Scaling, wanted: int, seen: Observation, memory: Memory) 
         memory = replace(memory, ready=seen.ready, ready_since=seen.now)
     up, down = _wishes(scaling, wanted, seen, settled=_settled(seen, memory))
     kept = tuple(w for w in memory.wishes if w.at >= seen.now - scaling.scale_down_after_s)
-    active = seen.rate > 0 or seen.waiting > 0 or seen.in_flight > 0
+    # What a model itself refuses shows as busy alone.
+    active = any(n > 0 for n in (seen.rate, seen.waiting, seen.in_flight, seen.busy or 0.0))
     return replace(
         memory,
         wishes=(*kept, Wish(seen.now, up, down, seen.rate)),

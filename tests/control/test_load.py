@@ -52,6 +52,18 @@ def test_what_is_refused_waited_too_long() -> None:
     assert load.rate == 15.0
 
 
+def test_what_no_replica_could_have_answered_is_no_load() -> None:
+    slugs = ("unauthenticated", "forbidden", "budget_spent", "invalid_request", "request_timeout")
+    load = noted(totals(10, 0, 0), totals(10, 0, 0, **dict.fromkeys(slugs, 7)))
+    assert load.rate == 0.0
+    assert load.queue_delay_s(REFUSED_S) is None
+
+
+@pytest.mark.parametrize("outcome", ["cancelled", "deadline_exceeded", "unavailable", "internal"])
+def test_what_a_replica_could_have_answered_is_load(outcome: str) -> None:
+    assert noted(totals(10, 0, 0), totals(10, 0, 0, **{outcome: 3})).rate == 3.0
+
+
 def test_nobody_came() -> None:
     load = noted(totals(10, 0, 0), totals(10, 0, 0))
     assert load.queue_delay_s(REFUSED_S) is None

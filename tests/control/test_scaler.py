@@ -249,6 +249,21 @@ def test_none_sleeps_while_a_request_runs(world: ScaledWorld) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("slug", ["unauthenticated", "forbidden", "budget_spent"])
+def test_refused_requests_neither_wake_nor_keep_awake(world: ScaledWorld, slug: str) -> None:
+    async def scenario() -> None:
+        scaling = {"min": 0, "max": 2, "idle_to_zero_after": "5s"}
+        controller = await world.serving(scaling=scaling)
+        world.traffic.requests_s = 0
+        for second in range(30):
+            rows = [model_row("1", 0, requests={slug: second})]
+            controller.report(gateway_report("g9", controller.board.revision, rows))
+            await world.second(controller)
+            assert second < 20 or shown(controller)["state"] == "asleep"
+
+    run(scenario())
+
+
 def test_a_rollout_wakes_what_sleeps(world: ScaledWorld) -> None:
     async def scenario() -> None:
         scaling = {"min": 0, "max": 2, "idle_to_zero_after": "5s"}

@@ -209,6 +209,11 @@ def test_an_arm_does_not_sleep_while_a_request_runs() -> None:
     assert arm.second(0.0, rate=0.0) == 0
 
 
+def test_an_arm_that_refuses_what_it_runs_is_not_idle() -> None:
+    arm = Arm(replace(SCALING, least=0, idle_to_zero_after_s=20.0), 1)
+    assert arm.seconds(60, 0.01, rate=0.0) == 1
+
+
 def test_a_rollout_wakes_and_keeps_awake() -> None:
     scaling = replace(SCALING, least=0, idle_to_zero_after_s=5.0)
     arm = Arm(scaling, 0)
