@@ -85,6 +85,7 @@ class ArmBatcher:
         arm = self.arm
         self._max_size = max_size
         rows = row_limit(arm.signature, max_size) or 1
+        self._most_rows = rows
         self.codec = InferCodec(arm.model, arm.version, arm.signature, rows, self._limits)
         # Past the largest bucket a replica merges nothing: only one request alone may be larger.
         bucketed = arm.buckets and arm.signature.batch is Batch.DYNAMIC
@@ -104,7 +105,12 @@ class ArmBatcher:
     @property
     def accepts(self) -> bool:
         """Whether requests are taken: a version that sleeps takes them until one wakes it."""
-        return self.ready or (self.arm.wake_queue > 0 and not self.closed)
+        return self.ready or (self._may_sleep and not self.closed)
+
+    @property
+    def _may_sleep(self) -> bool:
+        """Whether a replica comes when one is asked for: not to a version that leaves."""
+        return self.arm.wake_queue > 0 and not self._retired
 
     @property
     def waiting(self) -> int:
@@ -191,7 +197,7 @@ class ArmBatcher:
         return True
 
     def _check_room(self, call: Call, ahead: int, deadline: float) -> None:
-        if self._down_since is not None and self.arm.wake_queue:
+        if self._down_since is not None and self._may_sleep:
             self._room.check_asleep(call, self.arm)
             if not self._queue:
                 self._loop.call_soon(self._ask_to_wake)
@@ -299,10 +305,36 @@ class ArmBatcher:
         if max_size != self._max_size:
             self._bound_rows(max_size)
 
-    def retire(self) -> None:
-        """Take no new requests, finish the ones there are, then let the links go."""
+    def retire(self, successor: ArmBatcher | None = None) -> None:
+        """Take no new requests, finish the ones there are, then let the links go.
+
+        Without a replica, those that may be any version's are handed to `successor`; the others
+        wait for one that was about to come, as long as requests are held.
+        """
+        slept = self._may_sleep
         self._retired = True
+        if self._down_since is not None:
+            if successor is not None:
+                self._hand_to(successor)
+            if slept:
+                self._down_since = monotonic()
+            if self._hold is not None:
+                self._hold.cancel()
+            self._hold_on()
         self._close_if_settled()
+
+    def _hand_to(self, successor: ArmBatcher) -> None:
+        """Let `successor` have what waits, where it could just as well have been sent there."""
+        if successor.arm.signature != self.arm.signature:
+            return
+        for call in sorted(self._queue, key=lambda c: c.arrival):
+            tried = call.losses or call.trial is not None or call.level == SHADOW_LEVEL
+            if call.pinned or tried or call.rows > successor._most_rows:
+                continue
+            if successor.has_room(call):
+                self._queue.forget(call)
+                call.arm = successor
+                successor.take(call)
 
     def close(self) -> list[asyncio.Task[None]]:
         """Drop the links, and stop every timer. Returns what has yet to notice its cancellation."""
@@ -357,11 +389,12 @@ class ArmBatcher:
     def _hold_on(self) -> None:
         """Let requests wait for a replica while `queue_hold_s` lasts, then answer them."""
         self._hold = None
-        if self._down_since is None or self.arm.wake_queue:
+        if self._down_since is None or self._may_sleep:
             # One that may sleep is waited for as long as each request can.
             return
         left = self._down_since + self.arm.queue_hold_s - monotonic()
-        if left > TICK_S:
+        abandoned = self._retired and not self.links
+        if left > TICK_S and not abandoned:
             self._hold = self._loop.call_later(left, self._hold_on)
             return
         waiting = list(self._queue)

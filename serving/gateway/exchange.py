@@ -197,7 +197,14 @@ class Exchange:
             return
         try:
             self.call = front.pipeline.submit(
-                arm, request, self, self._arrival, timeout, headers.tenant
+                arm,
+                request,
+                self,
+                self._arrival,
+                timeout,
+                headers.tenant,
+                # /v2/models/M/versions/V/infer
+                pinned=self.path.count(b"/") > 4,
             )
         except Exception as error:
             self._fail(error)

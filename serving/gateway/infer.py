@@ -78,6 +78,7 @@ class Call:
         "key",
         "level",
         "losses",
+        "pinned",
         "replica",
         "request",
         "rows",
@@ -108,6 +109,8 @@ class Call:
         self.deadline = deadline
         self.level = level
         self.tenant = tenant
+        # Whether its client named the version.
+        self.pinned = False
         self.sent = 0.0
         # How many replicas were lost that had it, and whether it may be what killed the last one.
         self.losses = 0
@@ -187,8 +190,12 @@ class Pipeline:
         arrival: float,
         header_timeout_s: float | None = None,
         tenant: str = DEFAULT_TENANT,
+        *,
+        pinned: bool = False,
     ) -> Call:
         """Admit a request that arrived at `arrival`. The answer comes through `sink`.
+
+        One that is `pinned` named its version: no other may answer it.
 
         The deadline is the request's `timeout` parameter, else the transport's header, else the
         model's default. Raises `InvalidRequest`, `Overloaded` or `Unavailable` without calling
@@ -209,6 +216,7 @@ class Pipeline:
             timeout = arm.arm.timeout_s
         deadline = arrival + min(timeout, MAX_TIMEOUT_S)
         call = Call(arm.stable, request, sink, arrival, deadline, level, tenant)
+        call.pinned = pinned
         arm.admit(call)
         self.watch(call.deadline)
         return call

@@ -107,8 +107,15 @@ class Routes:
         for batcher in arms.values():
             batcher.connect(batcher.arm.endpoints, self._link)
         for batcher in left:
-            batcher.retire()
+            batcher.retire(self._default(batcher.arm.model))
         self._retired = [b for b in [*self._retired, *left] if not b.closed]
+
+    def _default(self, model: str) -> ArmBatcher | None:
+        """What answers for a model where no version is named, if anything does."""
+        try:
+            return self.arm(model)
+        except NotFound:
+            return None
 
     def _batcher(self, arm: Arm) -> ArmBatcher:
         batcher = self._arms.get(_key(arm))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from serving.core.routing import Arm
+from serving.core.routing import Arm, Endpoint
 from tests.gateway.client import get, infer
-from tests.gateway.harness import Gateway, Replica, arm, eventually
+from tests.gateway.harness import NODE, Gateway, Replica, arm, eventually
 from tests.gateway.test_deadlines import by_parameter
 
 
@@ -99,3 +101,53 @@ def test_one_that_may_sleep_no_more_has_time_to_come(gateway: Gateway, replica: 
         eventually(lambda: gateway.run(lambda: gateway.batcher("m").waiting) == 1)
         gateway.publish(arm("m", [replica]))
         assert client.reply().status == 200
+
+
+def test_a_version_that_is_replaced_hands_over_what_waits_for_it(
+    gateway: Gateway, replica: Replica
+) -> None:
+    gateway.publish(sleeping(replica))
+    first = gateway.batcher("m")
+    with gateway.connect() as any_version, gateway.connect() as this_version:
+        any_version.send(infer("m", 1))
+        this_version.send(infer("m/versions/1", 1))
+        eventually(lambda: gateway.run(lambda: gateway.batcher("m").waiting) == 2)
+        gateway.publish(arm("m", [replica], version="2"))
+        reply = any_version.reply()
+        assert (reply.status, reply.headers["x-model-version"]) == (200, "2")
+        assert reply.values == [2, 2]
+        # Nobody will ever answer the other one.
+        reply = this_version.reply()
+        assert reply.status == 503
+        assert "version 1: no replica is ready" in reply.error
+    assert gateway.run(lambda: first.closed)
+    assert gateway.outcomes("m", "2") == {"success": 1}
+
+
+def test_no_request_is_handed_to_a_version_that_reads_it_otherwise(
+    gateway: Gateway, replica: Replica
+) -> None:
+    signature = replica.signature
+    renamed = replace(signature.inputs[0], name="another")
+    other = replace(signature, inputs=(renamed, *signature.inputs[1:]))
+    gateway.publish(sleeping(replica))
+    with gateway.connect() as client:
+        client.send(infer("m", 1))
+        eventually(lambda: gateway.run(lambda: gateway.batcher("m").waiting) == 1)
+        gateway.publish(replace(sleeping(replica, version="2"), signature=other))
+        assert client.reply().status == 503
+
+
+def test_one_that_leaves_while_it_wakes_is_waited_for_a_while(
+    gateway: Gateway, replica: Replica, run_dir: Path
+) -> None:
+    nowhere = Endpoint("r9", NODE, unix=str(run_dir / "nowhere.sock"))
+    waking = replace(sleeping(replica, queue_hold_s=0.05), endpoints=(nowhere,))
+    gateway.publish(waking, ready=False)
+    first = gateway.batcher("m")
+    with gateway.connect() as client:
+        client.send(infer("m/versions/1", 1))
+        eventually(lambda: gateway.run(lambda: gateway.batcher("m").waiting) == 1)
+        gateway.publish(arm("m", [replica], version="2"))
+        assert client.reply().status == 503
+    gateway.until(lambda: first.closed)

@@ -106,8 +106,9 @@ def test_a_leaving_version_that_lost_its_replicas(gateway: Gateway, new: NewRepl
     first.stop()
     gateway.until(lambda: not batcher.ready)
     with callers(gateway, 2) as clients:
-        clients[0].send(infer("m", 1))
-        clients[1].send(infer("m", 1, parameters={"timeout": 50_000}))
+        # Those that name no version would be handed to the next one.
+        clients[0].send(infer("m/versions/1", 1))
+        clients[1].send(infer("m/versions/1", 1, parameters={"timeout": 50_000}))
         gateway.until(lambda: batcher.queue_depth == 2)
         gateway.publish(arm("m", [second], version="2"))
         assert clients[1].reply().status == 504
