@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from models.zoo.catalogue import build
 from serving import compose
 from tests.e2e.deployment import Deployment, register
 from tests.fake_nvml.fixtures import fake_nvml, nvml_here, nvml_library
+
+# A shell that runs the tests in the background ignores Ctrl-C for them and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __all__ = ["fake_nvml", "nvml_here", "nvml_library"]
 
