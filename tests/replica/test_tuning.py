@@ -170,11 +170,14 @@ def test_a_child_that_hangs_is_killed_in_time(
 
 
 TUNES = """
+import signal
 import sys
 from pathlib import Path
 from serving.core.tuning import AS_EXPORTED
 from serving.replica import tuning
 
+# Under nohup it would be ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 tuning._COMMAND = (sys.executable, "-c", sys.argv[1])
 space = tuning.Space(Path("x"), "cpu", {}, {}, None, (AS_EXPORTED,), (1,), (1,))
 tuning.tune(space, 1.0, lambda device, count: None, lambda line: None)
