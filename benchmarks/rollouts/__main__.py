@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.rollouts import bakes, comparison, detection, false_rollbacks, plots, report
-from benchmarks.rollouts.traffic import Cell
+from benchmarks.rollouts.cells import Cell
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {"false-rollbacks": 10_000, "bakes": 1000, "detection": 1000, "peers": 1000}

@@ -16,20 +16,10 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.rollouts import draws, simulate, slo_burn, traffic
+from benchmarks.rollouts.cells import Array, Cell, Fault, Plan, Scenario, default_ramp
 from benchmarks.rollouts.detection import quantiles
 from benchmarks.rollouts.false_rollbacks import upper_bound
-from benchmarks.rollouts.traffic import (
-    EVENTS,
-    NEVER,
-    STABLE,
-    Array,
-    Cell,
-    Counts,
-    Fault,
-    Plan,
-    Scenario,
-    default_ramp,
-)
+from benchmarks.rollouts.traffic import EVENTS, NEVER, STABLE, Counts
 from serving.core.evidence import log_threshold
 from serving.core.one_arm import BAKE, Tolerance, Watch, parts
 from serving.core.rollout_counts import ArmCountsRow, EpochCounts

@@ -18,11 +18,12 @@ import numpy as np
 from scipy.special import ndtri
 
 from benchmarks.rollouts import simulate, traffic
+from benchmarks.rollouts.cells import Array, Cell, Fault, Plan
 from benchmarks.rollouts.detection import quantiles
 from benchmarks.rollouts.false_rollbacks import ALLOWED
 from benchmarks.rollouts.peers import ARGO, FLAGGER, Kayenta, ThresholdRule
 from benchmarks.rollouts.simulate import Fired
-from benchmarks.rollouts.traffic import MEDIAN_S, SPREAD, STABLE, Array, Cell, Fault, Plan
+from benchmarks.rollouts.traffic import MEDIAN_S, SPREAD, STABLE
 from serving.core.rollout_spec import RolloutSpec, Step
 
 OURS: Final = "this gateway"

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rollouts import simulate
+from benchmarks.rollouts.cells import Array, Cell, Fault, Plan, default_ramp
 from benchmarks.rollouts.simulate import Fired
-from benchmarks.rollouts.traffic import Array, Cell, Fault, Plan, default_ramp, shadow_pairs
+from benchmarks.rollouts.traffic import shadow_pairs
 
 RATES = (10.0, 200.0, 2000.0)
 BASE_ERROR = 0.001

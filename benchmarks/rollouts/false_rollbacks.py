@@ -10,14 +10,7 @@ import numpy as np
 from scipy.stats import beta
 
 from benchmarks.rollouts import draws, simulate
-from benchmarks.rollouts.traffic import (
-    BASE_ERRORS,
-    BUSY_RATES,
-    RATES,
-    SCENARIOS,
-    Cell,
-    default_ramp,
-)
+from benchmarks.rollouts.cells import BASE_ERRORS, BUSY_RATES, RATES, SCENARIOS, Cell, default_ramp
 
 ALLOWED = 0.01
 

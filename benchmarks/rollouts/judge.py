@@ -14,7 +14,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.rollouts.traffic import PREDICTED, STABLE, Array, Counts
+from benchmarks.rollouts.cells import Array
+from benchmarks.rollouts.traffic import PREDICTED, STABLE, Counts
 from serving.core.clusters import design_effect
 from serving.core.evidence import log_growth, log_threshold
 from serving.core.one_arm import BAKE, STEPS

@@ -23,7 +23,7 @@ from typing import Final
 import numpy as np
 from scipy.stats import norm, rankdata
 
-from benchmarks.rollouts.traffic import Array
+from benchmarks.rollouts.cells import Array
 
 MINUTE_S: Final = 60
 

@@ -7,7 +7,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.rollouts.traffic import DISAGREEING, NEVER, Array, Cell, Plan, shadow_pairs
+from benchmarks.rollouts.cells import Array, Cell, Plan
+from benchmarks.rollouts.traffic import DISAGREEING, NEVER, shadow_pairs
 from serving.core import triggers
 from serving.core.evidence import log_e_bounded, log_threshold
 from serving.core.rollout_spec import Trigger

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rollouts import shadow, slo_burn, traffic
+from benchmarks.rollouts.cells import SCENARIOS, Array, Cell, Plan
 from benchmarks.rollouts.judge import Judge, fails, growth_ceiling, judges, possible
-from benchmarks.rollouts.traffic import NEVER, STABLE, Array, Cell, Counts, Plan
+from benchmarks.rollouts.traffic import NEVER, STABLE, Counts
 from serving.core.two_arms import WITNESS
 
 _CHUNK: Final = 500
@@ -43,7 +44,7 @@ def run(cell: Cell, plan: Plan, rollouts: int, seed: int) -> Fired:
 
 def generator(cell: Cell, seed: int) -> np.random.Generator:
     """Randomness of its own for every kind of healthy traffic."""
-    scenario = traffic.SCENARIOS.index(cell.scenario)
+    scenario = SCENARIOS.index(cell.scenario)
     return np.random.default_rng([seed, int(cell.rate), round(cell.base_error * 1e4), scenario])
 
 

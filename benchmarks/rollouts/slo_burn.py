@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.rollouts.traffic import NEVER, STABLE, Array, Counts, Plan, attempts, split
+from benchmarks.rollouts.cells import Array, Plan
+from benchmarks.rollouts.traffic import NEVER, STABLE, Counts, attempts, split
 from serving.core.hard_triggers import OWN_FAULT
 from serving.core.hard_triggers import slo_burn as judge
 from serving.core.rollout import new_rollout

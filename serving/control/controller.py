@@ -152,6 +152,20 @@ class Controller:
             self.reconciler, observer,
             store=self._store, in_store=self._in_store, clock=self.clock, providers=self._providers,
         )  # fmt: skip
+        await self._load_placement()
+        self.operations = Operations(
+            self.config, self.reconciler, self.rollouts, self.placer,
+            store=self._store, in_store=self._in_store,
+            resolver=self._resolver, in_registry=self._in_registry,
+            clock=self.clock, listen_tcp=self._listen_tcp,
+        )  # fmt: skip
+        # Another `serving up` left this: nothing of it runs. Its counters stay; its routes do not,
+        # or a controller that took over before the first table would publish them as ours.
+        blank = State(deployment=self.deployment, apply_id=before.apply_id) if fresh else None
+        await self.rollouts.load(blank)
+
+    async def _load_placement(self) -> None:
+        """What decides where replicas run and how many. Raises `StoreError`."""
         self.placer = Placer(
             self.gpus.standings,
             lambda: [n.host or n.node for n in self.gpus.nodes() if n.age_s is None],
@@ -173,16 +187,6 @@ class Controller:
             clock=self.clock, tick_s=self.config.control.tick_s,
             drain_s=self.config.gateway.drain_s,
         )  # fmt: skip
-        self.operations = Operations(
-            self.config, self.reconciler, self.rollouts, self.placer,
-            store=self._store, in_store=self._in_store,
-            resolver=self._resolver, in_registry=self._in_registry,
-            clock=self.clock, listen_tcp=self._listen_tcp,
-        )  # fmt: skip
-        # Another `serving up` left this: nothing of it runs. Its counters stay; its routes do not,
-        # or a controller that took over before the first table would publish them as ours.
-        blank = State(deployment=self.deployment, apply_id=before.apply_id) if fresh else None
-        await self.rollouts.load(blank)
 
     async def stop(self) -> None:
         """End the loops and write what is unsaved."""

@@ -11,9 +11,9 @@ from scipy.stats import mannwhitneyu, norm
 
 from benchmarks.rollouts import __main__ as command
 from benchmarks.rollouts import bakes, comparison, draws, false_rollbacks, report, simulate, traffic
+from benchmarks.rollouts.cells import SCENARIOS, Cell, Fault, Plan, Scenario, default_ramp
 from benchmarks.rollouts.judge import Judge, fails, judges
 from benchmarks.rollouts.peers import ARGO, FLAGGER, Kayenta, ThresholdRule, mann_whitney_z
-from benchmarks.rollouts.traffic import Cell, Fault, Plan, default_ramp
 from serving.core.one_arm import spent
 from serving.core.rollout import new_rollout
 from serving.core.rollout_counts import ArmCountsRow, EpochCounts, Histogram
@@ -154,8 +154,8 @@ def test_what_is_not_looked_at_closely_could_not_have_failed():
     assert found > 5
 
 
-@pytest.mark.parametrize("scenario", traffic.SCENARIOS)
-def test_healthy_canaries_are_kept(scenario: traffic.Scenario):
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_healthy_canaries_are_kept(scenario: Scenario):
     fired = simulate.run(Cell(200.0, 0.005, scenario), default_ramp(200.0), 200, seed=11)
     assert np.isfinite(fired.at).sum() <= 4  # of 200, where 2 are allowed on average
 
@@ -198,7 +198,7 @@ def test_events_have_the_share_that_was_asked_for(together: bool):
 
 
 @pytest.mark.parametrize("scenario", draws.PARTS)
-def test_what_is_drawn_together_has_the_share_that_was_asked_for(scenario: traffic.Scenario):
+def test_what_is_drawn_together_has_the_share_that_was_asked_for(scenario: Scenario):
     rng = np.random.default_rng(3)
     shares = np.array([0.05, 0.05, 0.9])[:, np.newaxis, np.newaxis] * np.ones((3, 200, 50))
     drawn = draws.divided(rng, np.full(50, 40_000.0), shares)
@@ -264,7 +264,7 @@ def test_a_bake_is_judged_as_the_product_judges_it():
 
 
 @pytest.mark.parametrize("scenario", ["independent", "sticky", "day"])
-def test_healthy_canaries_are_kept_through_the_bake(scenario: traffic.Scenario):
+def test_healthy_canaries_are_kept_through_the_bake(scenario: Scenario):
     ended = bakes._run(Cell(200.0, 0.005, scenario, replicas=1), 50, seed=11)
     assert not np.isfinite(ended.at).any()
 
