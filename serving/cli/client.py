@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import http.client
 import json
 import os
 import socket
@@ -133,6 +134,8 @@ class Admin:
                 parsed = json.load(reply)
         except urllib.error.HTTPError as error:
             raise _from_reply(self.url, error) from error
+        except http.client.HTTPException as error:
+            raise ClusterError(f"what listens at {self.url} does not speak HTTP") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ClusterError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import struct
@@ -216,6 +217,8 @@ def _call(
             return json.loads(content[:length]), content[length:]
     except urllib.error.HTTPError as error:
         raise ClusterError(_refusal(error)) from error
+    except http.client.HTTPException as error:
+        raise ClusterError(f"what listens at {url} does not speak HTTP") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ClusterError(

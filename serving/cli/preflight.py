@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import errno
+import random
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from serving.config import ServingConfig
-from serving.errors import ConflictError
+from serving.errors import ClusterError, ConflictError
+
+# Ray hands out 10002 to 19999, and systems give 32768 and above to whoever asks for any port: one
+# that is chosen now and listened on seconds later would be taken in between.
+_CHOSEN_FROM: Final = range(20_000, 32_768)
+_TRIES: Final = 1_000
 
 
 def concrete(config: ServingConfig) -> ServingConfig:
     """`config` with an absolute home and free ports in place of 0: every process sees the same."""
     gateway, control = config.gateway, config.control
     if gateway.port == 0:
-        gateway = gateway.model_copy(update={"port": _free_port(gateway.host)})
+        gateway = gateway.model_copy(update={"port": free_port(gateway.host)})
     if control.port == 0:
-        control = control.model_copy(update={"port": _free_port(control.host)})
+        control = control.model_copy(
+            update={"port": free_port(control.host, other_than=gateway.port)}
+        )
     return config.model_copy(
         update={"home": config.home_dir, "gateway": gateway, "control": control}
     )
 
 
-def _free_port(host: str) -> int:
-    with _socket(host) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def free_port(host: str = "127.0.0.1", *, other_than: int = 0) -> int:
+    """A TCP port that nobody listens on, and that nobody will be given who asks for any.
+
+    Raises `ClusterError`.
+    """
+    for port in random.sample(_CHOSEN_FROM, _TRIES):
+        if port == other_than:
+            continue
+        with _socket(host) as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    return port  # the host is at fault, which `port_problem` explains
+            else:
+                return port
+    raise ClusterError(
+        f"no free port on {host}: {_TRIES} from {_CHOSEN_FROM[0]} to {_CHOSEN_FROM[-1]} are in use"
+    )
 
 
 def _socket(host: str) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import shutil
 import signal
@@ -223,7 +224,7 @@ def _gateway_answers(config: ServingConfig) -> bool:
     try:
         with opener.open(f"{url}/v2/health/ready", timeout=5.0) as reply:
             return bool(reply.status == 200)
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
 
 

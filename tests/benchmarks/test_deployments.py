@@ -1,6 +1,5 @@
 """A peer is started, checked and stopped for real: the bare ASGI app."""
 
-import socket
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from benchmarks.deployments import System
 from benchmarks.errors import BenchmarkError
 from models.processes import session
 from models.zoo import catalogue as zoo
+from serving.cli.preflight import free_port
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bare(model: Path) -> System:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "benchmarks.peers.bare_asgi", str(model), str(port)]
     return System("bare", "", command, f"http://127.0.0.1:{port}/v2/models/mlp/infer")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import socketserver
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -234,6 +236,30 @@ def test_something_else_answers(tmp_path: Path, listener: int) -> None:
     with socket.create_connection(("127.0.0.1", listener)):
         said = fails("status", "--url", f"http://127.0.0.1:{listener}", home=tmp_path)
     assert "timed out" in said
+
+
+@pytest.fixture
+def grpc_url() -> Iterator[str]:
+    """Where each connection is answered as a gRPC server does, before it is asked anything."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"\0\0\0\x04\0\0\0\0\0\n")
+            self.request.recv(65536)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_something_answers_that_does_not_speak_http(tmp_path: Path, grpc_url: str) -> None:
+    array = tmp_path / "x.npy"
+    np.save(array, np.zeros(3))
+    for command in (["status"], ["infer", "m", "--input", array]):
+        said = fails(*command, "--url", grpc_url, home=tmp_path)
+        assert grpc_url in said
+        assert "does not speak HTTP" in said
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """PromQL triggers against a real Prometheus, and against servers that answer like a broken one."""
 
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import orjson
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
+from serving.cli.preflight import free_port
 from serving.control import promql
 from serving.control.outbound import NoAnswer, fetch
 from serving.core.rollout_spec import Trigger
@@ -18,12 +18,6 @@ from tests.control.rollouts import rollout
 from tests.control.web_service import Reply, WebService
 from tests.gateway.harness import eventually
 from tests.services import missing
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from serving.cli.preflight import free_port
 
 SERVING = [str(Path(sys.executable).with_name("serving"))]
 
@@ -63,12 +64,6 @@ def register(home: Path, *calls: Sequence[object]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Deployment:
