@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Final
+from typing import Annotated, Final
 
 import typer
 
+from serving import __version__
 from serving.cli import (
     audit,
     cluster,
@@ -28,12 +29,31 @@ INTERNAL: Final = 70
 
 app = typer.Typer(
     name="serving",
-    help="GPU-aware model serving gateway.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"serving {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """GPU-aware model serving gateway."""
+
+
 cluster.add_commands(app)
 models.add_commands(app)
 infer.add_commands(app)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from serving import __version__
 from serving.cli import home, up
 from serving.cli.client import Admin
 from serving.config import load_config, parse_config
@@ -112,6 +113,11 @@ def test_the_package_is_the_command() -> None:
     command = [sys.executable, "-m", "serving", "config", "schema"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["title"] == "ServingConfig"
+
+
+def test_it_says_its_version(tmp_path: Path) -> None:
+    done = serving("--version", home=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"serving {__version__}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [[], ["config"]])
