@@ -169,9 +169,9 @@ def _throughput(parts: Parts) -> Iterator[str]:
     yield table([*head, "× version 1", "pairs"], rows)
     others = max(r[mode]["others_cpu"] for r in rounds for mode in r)
     yield (
-        f"Medians of {len(rounds)} rounds, each of which goes through all rows; "
-        f"c={CONNECTIONS}. × version 1: against requests that name version 1 in their path, which "
-        "no split concerns, in the same seconds by turns. Other programs took at most "
+        f"Medians of {len(rounds)} rounds, each of which goes through all rows, every other one "
+        f"backwards; c={CONNECTIONS}. × version 1: against requests that name version 1 in their "
+        "path, which no split concerns, in the same seconds by turns. Other programs took at most "
         f"{others:.0%} of the machine's CPU. The canary is the same model; triggers only recorded "
         f"what they found, and some spoke against it in {_accused(rounds)}."
     )

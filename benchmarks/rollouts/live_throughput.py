@@ -35,7 +35,7 @@ the observer reads each answer; and answers kept for labels too."""
 
 
 def measure(site: Site, scratch: Path, modes: Sequence[str], seconds: int) -> Figures:
-    """One round: requests a second in each mode.
+    """One round: requests a second in each mode, in this order.
 
     Beside each rollout, requests that name version 1 in their path are measured, second by second
     in turn: they go where all go without a rollout, so the two meet the same state of the machine.
