@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client.metrics_core import Metric as Family
 
 from serving.control.metric_families import family_of
-from serving.core.ledger import Account, Amount, kwh
+from serving.core.ledger_accounts import Account, Amount, kwh
 from serving.metrics import costs as metrics
 
 
