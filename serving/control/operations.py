@@ -28,7 +28,8 @@ from serving.core.rollout_spec import PLAN_NAMES, RolloutSpec
 from serving.errors import ConflictError, NotFound, RegistryError
 from serving.rollout_plans import parse_plan
 from serving.store.audit import AuditEntry
-from serving.store.sql import PinRow, Store
+from serving.store.pins import PinRow
+from serving.store.sql import Store
 
 NOBODY: Final = "unknown"
 """The actor of who does not say."""
