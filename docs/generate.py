@@ -24,10 +24,11 @@ from pydantic.fields import FieldInfo
 from serving import errors
 from serving.cli.config import schema_document
 from serving.cli.main import app
-from serving.config import ModelConfig, ServingConfig
+from serving.config import ServingConfig
 from serving.core.rollout_states import EVENT_MEANING, mermaid
 from serving.metrics import METRICS
 from serving.metrics.family import Metric
+from serving.model_settings import ModelConfig
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _NOTE: Final = "<!-- Written by docs/generate.py; change the code instead. -->\n"
