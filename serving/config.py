@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from serving.config_errors import explain, explain_yaml
@@ -17,6 +16,7 @@ from serving.model_settings import ModelConfig
 from serving.prices import PriceRow, load_rows, price_book
 from serving.rollout_plans import parse_plan, read_plan
 from serving.tenant_settings import TenantsConfig
+from serving.yaml_files import read_yaml
 
 
 class GatewayConfig(Frozen):
@@ -187,12 +187,7 @@ def load_config(path: Path | None) -> ServingConfig:
     """
     raw: Any = {}
     if path is not None:
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: is not valid YAML: {explain_yaml(error)}") from error
+        raw = read_yaml(path, explain_yaml)
         raw = {} if raw is None else raw
         if not isinstance(raw, dict):
             raise ConfigError(
