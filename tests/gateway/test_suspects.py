@@ -13,27 +13,13 @@ import pytest
 from serving.core import frames
 from serving.gateway import links
 from tests.gateway.client import Client, infer
-from tests.gateway.harness import Gateway, Replica, ReplicaProcess, arm, eventually
-from tests.gateway.models import KILLS_REPLICA, ScriptedBackend
+from tests.gateway.harness import Gateway, NewReplica, Replica, ReplicaProcess, arm, eventually
+from tests.gateway.models import KILLS_REPLICA
 from tests.gateway.rogue import Rogue, result
 from tests.gateway.test_batches import NEVER_S, callers, plugged, send_all
 from tests.replica.client import Client as FrameClient
 
-NewReplica = Callable[[str], Replica]
 ONE_BATCH = {"max_size": 64, "max_delay_s": NEVER_S}
-
-
-@pytest.fixture
-def new(run_dir: Path) -> Iterator[NewReplica]:
-    with ExitStack() as stack:
-
-        def start(name: str) -> Replica:
-            replica = Replica(ScriptedBackend(), run_dir, name)
-            stack.callback(replica.stop)
-            stack.callback(replica.backend.gate.set)
-            return replica
-
-        yield start
 
 
 @contextmanager
