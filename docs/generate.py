@@ -21,11 +21,14 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from serving import errors, telemetry
+from serving import errors
 from serving.cli.config import schema_document
 from serving.cli.main import app
-from serving.config import ModelConfig, ServingConfig
+from serving.config import ServingConfig
 from serving.core.rollout_states import EVENT_MEANING, mermaid
+from serving.metrics import METRICS
+from serving.metrics.family import Metric
+from serving.model_settings import ModelConfig
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _NOTE: Final = "<!-- Written by docs/generate.py; change the code instead. -->\n"
@@ -85,7 +88,7 @@ def rollouts_page() -> str:
 
 def metrics_page() -> str:
     """One row a metric family."""
-    rows = [f"| `{_exposed(m)}` | {m.kind} | {_labels(m)} | {m.help} |" for m in telemetry.METRICS]
+    rows = [f"| `{_exposed(m)}` | {m.kind} | {_labels(m)} | {m.help} |" for m in METRICS]
     return "\n".join(
         [
             _NOTE,
@@ -104,11 +107,11 @@ def metrics_page() -> str:
     )
 
 
-def _labels(metric: telemetry.Metric) -> str:
+def _labels(metric: Metric) -> str:
     return ", ".join(f"`{label}`" for label in metric.labels) or "–"
 
 
-def _exposed(metric: telemetry.Metric) -> str:
+def _exposed(metric: Metric) -> str:
     return f"{metric.name}_total" if metric.kind == "counter" else metric.name
 
 

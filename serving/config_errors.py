@@ -8,6 +8,8 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from serving.yaml_files import one_line
+
 
 def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
     """Every fault that was found in a `root` read from `source`."""
@@ -16,7 +18,7 @@ def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
 
 def explain_yaml(error: Exception) -> str:
     """Why a text is not YAML."""
-    said = " ".join(str(error).split())
+    said = one_line(error)
     # YAML reserves "@": the mistake that everybody makes once.
     if isinstance(error, yaml.scanner.ScannerError) and "'@'" in str(error.problem):
         return f'{said}; an alias needs quotes, as in version: "@champion"'

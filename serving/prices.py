@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from serving.core.prices import Match, Price, PriceBook
 from serving.errors import ConfigError
+from serving.yaml_files import read_yaml
 
 
 def _date(value: object) -> object:
@@ -62,12 +62,7 @@ class PriceRow(_Row):
 
 
 def _read(path: Path) -> list[Any]:
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, list):
         found = "nothing" if raw is None else type(raw).__name__
         raise ConfigError(f"{path}: expected a list of prices, found {found}")

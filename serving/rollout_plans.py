@@ -14,7 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from serving.core import rollout_spec as spec
@@ -26,6 +25,7 @@ from serving.rollout_settings import (
     ShadowSettings,
     StepSettings,
 )
+from serving.yaml_files import read_yaml
 
 
 def load_plan(path: Path) -> RolloutSpec:
@@ -38,12 +38,7 @@ def read_plan(path: Path) -> dict[str, Any]:
 
     Raises `ConfigError` where it cannot be read or is no mapping.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
         raise ConfigError(f"{path}: expected a mapping at the top level, found {found}")

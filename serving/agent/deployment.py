@@ -11,13 +11,13 @@ from typing import Any
 import ray
 from ray import serve
 
-from serving import telemetry
 from serving.agent.events import XidWatcher
 from serving.agent.nvml import Nvml
 from serving.agent.poller import Poller
 from serving.agent.reporter import Reporter
 from serving.control_link import CONTROLLER_APP, ControlLink
 from serving.errors import DeviceError
+from serving.logs import configure_logging
 
 
 @serve.deployment
@@ -25,7 +25,7 @@ class NodeAgent:
     """Measures the GPUs of its node and reports them. Without NVML it reports why."""
 
     async def __init__(self) -> None:  # type: ignore[misc]
-        telemetry.configure_logging()
+        configure_logging()
         link = ControlLink(lambda: serve.get_app_handle(CONTROLLER_APP))
         node, host = ray.get_runtime_context().get_node_id(), socket.gethostname()
         self._nvml: Nvml | None = None

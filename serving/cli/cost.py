@@ -68,7 +68,7 @@ def _seconds(since: str) -> int | None:
 
 def _as_csv(found: dict[str, Any]) -> str:
     """One line a group; empty where there is no number."""
-    from serving.core.ledger import Kind
+    from serving.core.ledger_accounts import Kind
 
     text = io.StringIO()
     numbers = [

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from serving.cli.render import grid
-from serving.core.ledger import Kind
+from serving.core.ledger_accounts import Kind
 
 
 def cost_table(found: dict[str, Any], since: str) -> RenderableType:

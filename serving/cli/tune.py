@@ -17,9 +17,10 @@ from serving.errors import ConfigError, ConflictError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serving.config import ModelConfig, ServingConfig
+    from serving.config import ServingConfig
     from serving.core.replica import ReplicaSpec
     from serving.core.tuning import Objective
+    from serving.model_settings import ModelConfig
     from serving.registry.pin import Pin
     from serving.replica.tuning import Space
 
@@ -127,7 +128,7 @@ def _seconds(option: str, text: str) -> float:
 
 
 def _defaults() -> ModelConfig:
-    from serving.config import ModelConfig
+    from serving.model_settings import ModelConfig
 
     return ModelConfig()
 

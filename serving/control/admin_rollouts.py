@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from serving.config import VERSION_PATTERN
+from serving.config_types import VERSION_PATTERN
 from serving.control.bodies import (
     check_keys,
     json_body,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-from serving.core.ledger import Account, Kind
+from serving.core.ledger_accounts import Account, Kind
 from serving.tenant_settings import TenantsConfig
 
 DAY_S: Final = 86_400

@@ -7,9 +7,9 @@ from typing import Any
 
 from prometheus_client.metrics_core import Metric as Family
 
-from serving import telemetry
 from serving.control.metric_families import family_of
-from serving.core.ledger import Account, Amount, kwh
+from serving.core.ledger_accounts import Account, Amount, kwh
+from serving.metrics import costs as metrics
 
 
 class CostMetrics:
@@ -28,13 +28,13 @@ class CostMetrics:
         dollars, held, unpriced, requests, energy, emissions, price = (
             family_of(metric)
             for metric in (
-                telemetry.COST,
-                telemetry.COST_SECONDS,
-                telemetry.COST_UNPRICED,
-                telemetry.COST_REQUESTS,
-                telemetry.COST_ENERGY,
-                telemetry.COST_EMISSIONS,
-                telemetry.COST_PRICE,
+                metrics.COST,
+                metrics.COST_SECONDS,
+                metrics.COST_UNPRICED,
+                metrics.COST_REQUESTS,
+                metrics.COST_ENERGY,
+                metrics.COST_EMISSIONS,
+                metrics.COST_PRICE,
             )
         )
         for account, amount in sorted(totals.items()):
@@ -66,7 +66,7 @@ class CostMetrics:
 
 def budget_families(budgets: Iterable[Mapping[str, Any]]) -> Iterator[Family]:
     """Every family of budgets, from `Budgets.rows`."""
-    budget, spent = family_of(telemetry.TENANT_BUDGET), family_of(telemetry.TENANT_SPENT)
+    budget, spent = family_of(metrics.TENANT_BUDGET), family_of(metrics.TENANT_SPENT)
     for row in budgets:
         budget.add_metric([row["tenant"]], row["usd_per_day"])
         spent.add_metric([row["tenant"]], row["spent_usd"])

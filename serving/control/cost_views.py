@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from serving.core.ledger import Amount, Kind, kwh
+from serving.core.ledger_accounts import Amount, Kind, kwh
 from serving.store.ledger import LedgerRow
 
 DIMENSIONS: Final = ("model", "version", "tenant", "gpu", "kind")

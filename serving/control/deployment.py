@@ -14,7 +14,7 @@ import ray
 import uvicorn
 from ray import serve
 
-from serving import telemetry, tls
+from serving import tls
 from serving.config import parse_config
 from serving.control.admin import create_app
 from serving.control.agents import NodeAgents
@@ -25,6 +25,7 @@ from serving.control.reconcile import Clock
 from serving.control.resolver import RegistryResolver
 from serving.control.status import status
 from serving.errors import ServingError
+from serving.logs import configure_logging
 from serving.store.sql import open_store
 
 _SHUTDOWN_S = 3
@@ -50,7 +51,7 @@ class Controller:
     """
 
     async def __init__(self, options: Mapping[str, Any]) -> None:  # type: ignore[misc]
-        telemetry.configure_logging()
+        configure_logging()
         config = parse_config(options["config"], source="configuration")
         self._config = config
         store = await asyncio.to_thread(open_store, config.store_url)

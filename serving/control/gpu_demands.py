@@ -25,7 +25,7 @@ from serving.core.placement import Demand, Device
 from serving.core.plan import AppSpec
 from serving.core.replica import ReplicaSpec
 from serving.core.seats import Seat, ray_share
-from serving.store.sql import ProfileRow
+from serving.store.memory_profiles import ProfileRow
 
 
 @dataclass(frozen=True, slots=True)

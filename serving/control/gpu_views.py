@@ -9,7 +9,7 @@ from typing import Any
 from serving.control.fleet import Replica
 from serving.control.gpus import Gpus, Standing
 from serving.core.gpus import GpuProcess
-from serving.store.sql import CordonRow
+from serving.store.cordons import CordonRow
 
 
 def gpus_view(

@@ -20,8 +20,9 @@ from serving.core.gpus import Condition, Gpu, GpuSample, NodeReport, XidEvent, c
 from serving.core.rollout import CONTROLLER
 from serving.errors import ConflictError, InvalidRequest, NotFound
 from serving.store.audit import AuditEntry
+from serving.store.cordons import CordonRow
 from serving.store.gpu_errors import FatalErrorRow
-from serving.store.sql import CordonRow, Store
+from serving.store.sql import Store
 
 STALE_S: Final = 5.0
 """How old a node's last report may be for its samples to be believed."""

@@ -16,18 +16,10 @@ from serving.config import CostConfig
 from serving.control.budgets import Spending, day_of
 from serving.control.gpus import STALE_S, Standing
 from serving.control.reconcile import Blocking, Clock
-from serving.core.ledger import (
-    WHOLE,
-    Account,
-    Amount,
-    Device,
-    Holder,
-    Kind,
-    Lease,
-    Life,
-    ReplicaUsage,
-    settle,
-)
+from serving.core.ledger import Device, settle
+from serving.core.ledger_accounts import Account, Amount, Kind
+from serving.core.ledger_leases import WHOLE, Holder, Lease, ReplicaUsage
+from serving.core.ledger_lives import Life
 from serving.core.ledger_minutes import by_minute
 from serving.core.prices import rate_of
 from serving.errors import ConflictError, StoreError

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from serving.control.fleet import Replica
 from serving.control.totals import ArmTotals, Histogram
-from serving.core.ledger import ReplicaUsage
+from serving.core.ledger_leases import ReplicaUsage
 from serving.core.scaling import WINDOW_S
 from serving.errors import (
     BudgetSpent,

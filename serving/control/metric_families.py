@@ -1,4 +1,4 @@
-"""Prometheus families made from the metrics that `serving.telemetry` names."""
+"""Prometheus families made from the metrics that `serving.metrics` names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prometheus_client.core import (
     InfoMetricFamily,
 )
 
-from serving.telemetry import Metric
+from serving.metrics.family import Metric
 
 _FAMILIES: Final[dict[str, Any]] = {
     "counter": CounterMetricFamily,

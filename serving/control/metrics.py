@@ -15,7 +15,7 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from serving import __version__, telemetry
+from serving import __version__
 from serving.control.controller import Controller
 from serving.control.cost_metrics import budget_families
 from serving.control.gpu_metrics import gpu_families
@@ -23,13 +23,15 @@ from serving.control.metric_families import family_of
 from serving.control.rollout_metrics import rollout_families
 from serving.control.totals import Histogram
 from serving.core.plan import AppSpec
+from serving.metrics import deployment as metrics
+from serving.metrics import rollouts
 
 _HISTOGRAMS: Final = {
-    "latency": telemetry.LATENCY,
-    "gateway": telemetry.GATEWAY,
-    "queue": telemetry.QUEUE,
-    "compute": telemetry.COMPUTE,
-    "batch_size": telemetry.BATCH_SIZE,
+    "latency": metrics.LATENCY,
+    "gateway": metrics.GATEWAY,
+    "queue": metrics.QUEUE,
+    "compute": metrics.COMPUTE,
+    "batch_size": metrics.BATCH_SIZE,
 }
 
 
@@ -65,7 +67,7 @@ class _Collector(Collector):
         )
         arms = controller.totals.sum(live)
         requests, depth, in_flight = (
-            family_of(m) for m in (telemetry.REQUESTS, telemetry.QUEUE_DEPTH, telemetry.IN_FLIGHT)
+            family_of(m) for m in (metrics.REQUESTS, metrics.QUEUE_DEPTH, metrics.IN_FLIGHT)
         )
         histograms = {name: family_of(metric) for name, metric in _HISTOGRAMS.items()}
         for key, arm in sorted(arms.items()):
@@ -75,7 +77,7 @@ class _Collector(Collector):
             in_flight.add_metric(key, arm.in_flight)
             for name, histogram in arm.histograms.items():
                 histograms[name].add_metric(key, _buckets(histogram), sum_value=histogram.sum)
-        unrouted = family_of(telemetry.UNROUTED)
+        unrouted = family_of(metrics.UNROUTED)
         for outcome, n in sorted(controller.totals.unrouted().items()):
             unrouted.add_metric([outcome], n)
         yield from (requests, unrouted, *histograms.values(), depth, in_flight)
@@ -83,8 +85,7 @@ class _Collector(Collector):
     def _replicas(self) -> Iterator[Family]:
         controller = self._controller
         states, rss, load = (
-            family_of(m)
-            for m in (telemetry.REPLICAS, telemetry.REPLICA_RSS, telemetry.REPLICA_LOAD)
+            family_of(m) for m in (metrics.REPLICAS, metrics.REPLICA_RSS, metrics.REPLICA_LOAD)
         )
         counts: Counter[tuple[str, str, str]] = Counter()
         desired, routed = controller.state.desired.apps(), controller.state.routed.apps()
@@ -106,7 +107,7 @@ class _Collector(Collector):
         yield from (states, rss, load, self._models(), *self._scaling({**routed, **desired}))
 
     def _scaling(self, apps: Mapping[str, AppSpec]) -> tuple[Family, Family]:
-        delay, busy = family_of(telemetry.SCALING_QUEUE_DELAY), family_of(telemetry.SCALING_BUSY)
+        delay, busy = family_of(metrics.SCALING_QUEUE_DELAY), family_of(metrics.SCALING_BUSY)
         for name, app in sorted(apps.items()):
             tracked = self._controller.scaler.tracked(name)
             if tracked is None or tracked.seen is None:
@@ -118,7 +119,7 @@ class _Collector(Collector):
 
     def _models(self) -> Family:
         controller = self._controller
-        info: InfoMetricFamily = family_of(telemetry.MODEL_INFO)
+        info: InfoMetricFamily = family_of(metrics.MODEL_INFO)
         # What is routed says what answers; what is only desired is on its way.
         models = {**controller.state.desired.models, **controller.state.routed.models}
         for name, model in sorted(models.items()):
@@ -140,12 +141,12 @@ class _Collector(Collector):
             controller.clock.monotonic(), controller.config.control.tick_s
         )
         revisions, connections = (
-            family_of(m) for m in (telemetry.GATEWAY_REVISION, telemetry.CONNECTIONS)
+            family_of(m) for m in (metrics.GATEWAY_REVISION, metrics.CONNECTIONS)
         )
         for row in controller.totals.rows(live):
             revisions.add_metric([str(row["gateway"])], int(row["revision"]))
             connections.add_metric([str(row["gateway"])], int(row["connections"]))
-        build = family_of(telemetry.BUILD_INFO)
+        build = family_of(metrics.BUILD_INFO)
         build.add_metric(
             [],
             {
@@ -155,14 +156,14 @@ class _Collector(Collector):
             },
         )
         values = {
-            telemetry.GATEWAYS: len(live),
-            telemetry.ROUTE_REVISION: controller.board.revision,
-            telemetry.CONVERGED: float(controller.reconciler.outcome == "converged"),
-            telemetry.CONTROLLER_START: controller.started_at,
-            telemetry.CONTROLLER_RSS: psutil.Process().memory_info().rss,
-            telemetry.RECONCILE_ERRORS: controller.errors,
-            telemetry.FEEDBACK_PENDING: len(controller.feedback),
-            telemetry.FEEDBACK_DROPPED: controller.feedback.dropped,
+            metrics.GATEWAYS: len(live),
+            metrics.ROUTE_REVISION: controller.board.revision,
+            metrics.CONVERGED: float(controller.reconciler.outcome == "converged"),
+            metrics.CONTROLLER_START: controller.started_at,
+            metrics.CONTROLLER_RSS: psutil.Process().memory_info().rss,
+            metrics.RECONCILE_ERRORS: controller.errors,
+            rollouts.FEEDBACK_PENDING: len(controller.feedback),
+            rollouts.FEEDBACK_DROPPED: controller.feedback.dropped,
         }
         yield from (revisions, connections, build)
         for metric, value in values.items():

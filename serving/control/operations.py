@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Final
 
-from serving.config import ModelConfig, ServingConfig, parse_config
+from serving.config import ServingConfig, parse_config
 from serving.control.intents import Intent, Situation, check_signature, intend, plan_rows
 from serving.control.layout import (
     Pins,
@@ -26,9 +26,11 @@ from serving.control.totals import ArmTotals
 from serving.core.plan import Layout, PlanRow, ServedModel, ServedVersion, compare
 from serving.core.rollout_spec import PLAN_NAMES, RolloutSpec
 from serving.errors import ConflictError, NotFound, RegistryError
+from serving.model_settings import ModelConfig
 from serving.rollout_plans import parse_plan
 from serving.store.audit import AuditEntry
-from serving.store.sql import PinRow, Store
+from serving.store.pins import PinRow
+from serving.store.sql import Store
 
 NOBODY: Final = "unknown"
 """The actor of who does not say."""

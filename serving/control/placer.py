@@ -34,7 +34,7 @@ from serving.core.plan import AppSpec
 from serving.core.replica import GpuLease
 from serving.core.seats import Seat
 from serving.errors import ConflictError, Unavailable
-from serving.store.sql import ProfileRow
+from serving.store.memory_profiles import ProfileRow
 
 UNHEARD_PATIENCE_S: Final = 15.0
 """How long applications wait for the first report of GPUs that Ray counts."""

@@ -31,7 +31,9 @@ from serving.core.plan import (
 from serving.core.routing import Arm, Endpoint, RouteTable
 from serving.core.seats import Seat
 from serving.store.audit import AuditEntry
-from serving.store.sql import PinRow, RolloutRow, Store
+from serving.store.pins import PinRow
+from serving.store.rollouts import RolloutRow
+from serving.store.sql import Store
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from serving.core.rollout_counts import Sample, Tally
 from serving.core.rollout_facts import CostWindows, Incident
 from serving.core.rollout_states import State
 from serving.core.rollout_types import Rollout
-from serving.store.sql import RolloutRow
+from serving.store.rollouts import RolloutRow
 
 _DENSE_S: Final = 10.0
 _SPARSE_S: Final = 5.0

@@ -8,28 +8,28 @@ from typing import Any, Final
 
 from prometheus_client.metrics_core import Metric as Family
 
-from serving import telemetry
 from serving.control.controller import Controller
 from serving.control.metric_families import family_of
 from serving.control.records import Record
 from serving.control.rollout_views import arms_summary, shadow_summary
 from serving.core.rollout_counts import ARMS
 from serving.core.rollout_types import Rollout
+from serving.metrics import rollouts as metrics
 
 _LN_10: Final = math.log(10)
 _METRICS: Final = (
-    telemetry.ROLLOUT_STATE,
-    telemetry.ROLLOUT_WEIGHT,
-    telemetry.ROLLOUT_EVIDENCE,
-    telemetry.ROLLOUT_THRESHOLD,
-    telemetry.ROLLOUT_VERDICT,
-    telemetry.ROLLOUT_REQUESTS,
-    telemetry.ROLLOUT_PAIRS,
-    telemetry.ROLLOUT_LABELS,
-    telemetry.ROLLOUT_ACCURACY,
-    telemetry.ROLLOUT_COST,
-    telemetry.FEEDBACK_FORGOTTEN,
-    telemetry.ROLLBACK_SECONDS,
+    metrics.ROLLOUT_STATE,
+    metrics.ROLLOUT_WEIGHT,
+    metrics.ROLLOUT_EVIDENCE,
+    metrics.ROLLOUT_THRESHOLD,
+    metrics.ROLLOUT_VERDICT,
+    metrics.ROLLOUT_REQUESTS,
+    metrics.ROLLOUT_PAIRS,
+    metrics.ROLLOUT_LABELS,
+    metrics.ROLLOUT_ACCURACY,
+    metrics.ROLLOUT_COST,
+    metrics.FEEDBACK_FORGOTTEN,
+    metrics.ROLLBACK_SECONDS,
 )
 
 
@@ -43,23 +43,23 @@ def rollout_families(controller: Controller) -> Iterator[Family]:
         _add_verdicts(families, key, rollout)
         _add_counts(families, key, controller, record)
     for model, (rollout_id, took_ms) in controller.rollouts.rollbacks.items():
-        families[telemetry.ROLLBACK_SECONDS.name].add_metric((model, rollout_id), took_ms / 1000)
+        families[metrics.ROLLBACK_SECONDS.name].add_metric((model, rollout_id), took_ms / 1000)
     yield from families.values()
 
 
 def _add_state(families: dict[str, Any], key: tuple[str, str], rollout: Rollout) -> None:
     labels = [*key, rollout.stable, rollout.canary, rollout.state.value]
-    families[telemetry.ROLLOUT_STATE.name].add_metric(labels, 1.0)
-    families[telemetry.ROLLOUT_WEIGHT.name].add_metric(key, rollout.weight)
+    families[metrics.ROLLOUT_STATE.name].add_metric(labels, 1.0)
+    families[metrics.ROLLOUT_WEIGHT.name].add_metric(key, rollout.weight)
 
 
 def _add_verdicts(families: dict[str, Any], key: tuple[str, str], rollout: Rollout) -> None:
     evidence, threshold, verdict = (
         families[m.name]
         for m in (
-            telemetry.ROLLOUT_EVIDENCE,
-            telemetry.ROLLOUT_THRESHOLD,
-            telemetry.ROLLOUT_VERDICT,
+            metrics.ROLLOUT_EVIDENCE,
+            metrics.ROLLOUT_THRESHOLD,
+            metrics.ROLLOUT_VERDICT,
         )
     )
     for found in rollout.verdicts:
@@ -77,11 +77,11 @@ def _add_counts(
     requests, pairs, labels, accuracy, cost = (
         families[m.name]
         for m in (
-            telemetry.ROLLOUT_REQUESTS,
-            telemetry.ROLLOUT_PAIRS,
-            telemetry.ROLLOUT_LABELS,
-            telemetry.ROLLOUT_ACCURACY,
-            telemetry.ROLLOUT_COST,
+            metrics.ROLLOUT_REQUESTS,
+            metrics.ROLLOUT_PAIRS,
+            metrics.ROLLOUT_LABELS,
+            metrics.ROLLOUT_ACCURACY,
+            metrics.ROLLOUT_COST,
         )
     )
     trials, rollout_id = controller.totals.trials, record.rollout.id
@@ -102,7 +102,7 @@ def _add_counts(
     for outcome, n in trials.totals(rollout_id).items():
         requests.add_metric([*key, "canary", outcome], n)
     forgotten = trials.forgotten(rollout_id)
-    families[telemetry.FEEDBACK_FORGOTTEN.name].add_metric(key, forgotten)
+    families[metrics.FEEDBACK_FORGOTTEN.name].add_metric(key, forgotten)
     shadowed = shadow_summary(counts)
     agreed = shadowed["pairs"] - shadowed["disagreements"]
     for outcome, n in (

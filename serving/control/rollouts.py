@@ -32,7 +32,9 @@ from serving.core.rollout_spec import RolloutSpec
 from serving.core.rollout_states import State as RolloutState
 from serving.errors import ConflictError, NotFound
 from serving.store.audit import AuditEntry
-from serving.store.sql import PinRow, RolloutRow, Store
+from serving.store.pins import PinRow
+from serving.store.rollouts import RolloutRow
+from serving.store.sql import Store
 
 log = logging.getLogger(__name__)
 

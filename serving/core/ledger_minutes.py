@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from serving.core.ledger import Amount
+from serving.core.ledger_accounts import Amount
 
 
 def by_minute(amount: Amount, begin_s: float, end_s: float) -> Iterator[tuple[int, Amount]]:

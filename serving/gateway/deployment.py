@@ -9,10 +9,10 @@ from typing import Any, Final
 import ray
 from ray import serve
 
-from serving import telemetry
 from serving.config import parse_config
 from serving.control_link import CONTROLLER_APP, ControlLink
 from serving.gateway.server import GatewayServer
+from serving.logs import configure_logging
 
 # Requests make no cycles. Collecting the young generation every 700 allocations, Python's default,
 # would cost more than it finds.
@@ -24,7 +24,7 @@ class Gateway:
     """One gateway process. `raw` is the configuration as plain JSON."""
 
     async def __init__(self, raw: Mapping[str, Any]) -> None:  # type: ignore[misc]
-        telemetry.configure_logging()
+        configure_logging()
         config = parse_config(dict(raw), source="configuration")
         self._server = GatewayServer(
             config.gateway,

@@ -129,7 +129,7 @@ class GatewayServer:
                 http=self.front.protocol(),  # type: ignore[arg-type]
                 ws="none",
                 access_log=False,
-                # Logging is the process's own: see telemetry.
+                # Logging is the process's own: see serving.logs.
                 log_config=None,
                 log_level="warning",
                 lifespan="off",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, NamedTuple
 
-from serving.config import MODEL_NAME_PATTERN
+from serving.config_types import MODEL_NAME_PATTERN
 from serving.core.types import Signature
 from serving.errors import RegistryError
 

@@ -21,65 +21,18 @@ from typing import Final
 
 import numpy as np
 
-from serving.core.types import DATATYPES, Batch
+from serving.core.types import Batch
 from serving.errors import DeadlineExceeded, InvalidRequest, ModelFailed, ServingError
-from serving.replica.backends.base import Array, Backend, as_raw, one_line
+from serving.replica.backends.base import Array, Backend, one_line
 from serving.replica.backends.faults import FatalDeviceError
 from serving.replica.memory_fit import EXHAUSTED, MemoryFit, row_bytes
+from serving.replica.outputs import OutputCheck
 from serving.replica.rules import BatchRules
+from serving.replica.work import Work
 
 _log = logging.getLogger(__name__)
 
 _LOG_PERIOD_S: Final = 1.0
-
-
-class Work:
-    """One batch on its way through the engine, filled in by whichever thread runs it.
-
-    `inputs` are in the signature's order; `deadline` is on the monotonic clock in seconds, 0 for
-    none; with `alone` it is merged with no other. Afterwards either `outputs` or `error` is set,
-    with the rows of the run it was part of (padding included), the seconds it waited and the
-    seconds that run took.
-    """
-
-    __slots__ = (
-        "alone",
-        "arrived",
-        "compute_s",
-        "deadline",
-        "error",
-        "finished",
-        "inputs",
-        "outputs",
-        "queue_s",
-        "rows",
-        "run_rows",
-        "shapes",
-        "wake",
-    )
-
-    def __init__(
-        self,
-        inputs: list[Array],
-        rows: int,
-        *,
-        arrived: float,
-        deadline: float = 0.0,
-        alone: bool = False,
-    ) -> None:
-        self.alone = alone
-        self.inputs = inputs
-        self.rows = rows
-        self.arrived = arrived
-        self.deadline = deadline
-        self.outputs: list[Array] = []
-        self.error: ServingError | None = None
-        self.finished = False
-        self.run_rows = 0
-        self.queue_s = 0.0
-        self.compute_s = 0.0
-        self.shapes: tuple[tuple[int, ...], ...] = ()
-        self.wake: threading.Lock | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +75,7 @@ class Engine:
         self._answered_ns = self._padding_ns = self._failed_ns = 0
         self._merges = backend.signature.batch is not Batch.NONE
         self._merge_size = rules.merge_size
-        self._outputs = [
-            (spec.name, spec.datatype, _expected_dtype(spec.datatype), len(spec.shape))
-            for spec in backend.signature.outputs
-        ]
+        self._outputs = OutputCheck(backend.signature)
         self._n_inputs = len(backend.signature.inputs)
         self._mutex = threading.Lock()
         self._waiting: deque[Work] = deque()
@@ -294,7 +244,7 @@ class Engine:
                 inputs = [
                     _merge([w.inputs[i] for w in group], padded) for i in range(self._n_inputs)
                 ]
-            outputs = self._checked(self.backend.run(inputs), padded)
+            outputs = self._outputs.checked(self.backend.run(inputs), padded)
         except EXHAUSTED as error:
             self._count_exhausted()
             self._memory.learn(error, row_bytes(group[0].inputs, group[0].rows), padded)
@@ -338,7 +288,7 @@ class Engine:
         try:
             if padded > rows:
                 inputs = [_merge([a], padded) for a in inputs]
-            outputs = self._checked(self.backend.run(inputs), padded)
+            outputs = self._outputs.checked(self.backend.run(inputs), padded)
         except EXHAUSTED:
             self._count_exhausted()
             raise
@@ -359,33 +309,6 @@ class Engine:
         if self._ran_out_at != self._last_end:
             self._ran_out_at = self._last_end
             self.oom_batches += 1
-
-    def _checked(self, outputs: list[Array], rows: int) -> list[Array]:
-        """`outputs` in wire form. Raises `ModelFailed` where they do not fit the signature."""
-        if len(outputs) != len(self._outputs):
-            raise ModelFailed(
-                f"the model returned {len(outputs)} outputs, its signature has {len(self._outputs)}"
-            )
-        raw = []
-        for out, (name, datatype, dtype, ndim) in zip(outputs, self._outputs, strict=True):
-            if out.dtype != dtype:
-                raise ModelFailed(
-                    f"output {name!r} came back as {out.dtype}, its signature says {datatype}"
-                )
-            if out.ndim != ndim:
-                raise ModelFailed(
-                    f"output {name!r} came back with {out.ndim} dimensions, not {ndim}"
-                )
-            if self._merges and out.shape[0] != rows:
-                raise ModelFailed(
-                    f"output {name!r} came back with {out.shape[0]} rows for a batch of {rows}"
-                )
-            raw.append(as_raw(out))
-        return raw
-
-
-def _expected_dtype(datatype: str) -> np.dtype[np.generic]:
-    return DATATYPES[datatype].numpy or np.dtype(object)
 
 
 def _shapes(work: Work, has_rows: bool) -> tuple[tuple[int, ...], ...]:

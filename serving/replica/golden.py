@@ -14,8 +14,9 @@ from serving.artifacts import GOLDEN_FILE, SAMPLE_FILE
 from serving.core.types import DATATYPES, Batch, TensorSpec
 from serving.errors import ArtifactError, InvalidRequest
 from serving.replica.backends.base import Array
-from serving.replica.engine import Engine, Work
+from serving.replica.engine import Engine
 from serving.replica.wire import join_bytes, split_bytes
+from serving.replica.work import Work
 
 # (relative, absolute) tolerance by the coarsest of the output's datatype and the arithmetic behind
 # it. Golden outputs are recorded once, on a CPU in the model's own precision; what differs later is

@@ -26,9 +26,10 @@ from serving.core.types import Batch
 from serving.errors import ServingError
 from serving.replica.backends.base import Array, Backend, RuntimeOptions, load_backend, one_line
 from serving.replica.backends.cuda import identity
-from serving.replica.engine import Engine, Work
+from serving.replica.engine import Engine
 from serving.replica.golden import check_golden, load_arrays, resized, warm_up
 from serving.replica.rules import rules_for
+from serving.replica.work import Work
 
 _CONNECTIONS: Final = 2
 _WARM_SHARE: Final = 0.2

@@ -28,7 +28,7 @@ from serving.core.tensors import U32, pack_bytes
 from serving.core.types import DATATYPES, Batch, Signature, TensorSpec
 from serving.errors import InvalidRequest, ServingError
 from serving.replica.backends.base import Array
-from serving.replica.engine import Work
+from serving.replica.work import Work
 
 Buffer = bytes | memoryview
 

@@ -6,42 +6,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, delete, func, insert, select
+from sqlalchemy import Connection, Engine, delete, insert, select
 
-from serving.errors import ConflictError, StoreError
+from serving.errors import StoreError
 from serving.store import audit as audit_log
+from serving.store import cordons as cordon_rows
+from serving.store import documents, gpu_errors
 from serving.store import engine as engines
-from serving.store import gpu_errors
 from serving.store import ledger as ledger_rows
+from serving.store import memory_profiles as profile_rows
+from serving.store import pins as pin_rows
+from serving.store import rollouts as rollout_rows
 from serving.store.audit import AuditEntry, AuditRow, Head
+from serving.store.cordons import CordonRow
 from serving.store.gpu_errors import FatalErrorRow
 from serving.store.ledger import LedgerRow
-from serving.store.schema import (
-    counters,
-    desired,
-    events,
-    gpu_cordons,
-    memory_profiles,
-    pins,
-    route_table,
-    versions,
-)
-from serving.store.schema import rollouts as rollout_table
-from serving.store.statements import insert_into, upsert
-
-
-@dataclass(frozen=True, slots=True)
-class PinRow:
-    """A version reference that was made definite. `resolved_at` is Unix time in seconds."""
-
-    model: str
-    ref: str
-    version: str
-    digest: str
-    resolved_at: float
+from serving.store.memory_profiles import ProfileRow
+from serving.store.pins import PinRow
+from serving.store.rollouts import RolloutRow
+from serving.store.schema import counters, events
+from serving.store.statements import upsert
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,39 +39,6 @@ class Event:
     at: float
     kind: str
     body: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutRow:
-    """A rollout. `body` is its writer's; `finished_at` is None while ticks can still change it."""
-
-    id: str
-    model: str
-    state: str
-    body: Mapping[str, Any]
-    created_at: float
-    finished_at: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class CordonRow:
-    """A GPU on which nothing new is to start, who said so and why. `at` is Unix seconds."""
-
-    uuid: str
-    reason: str
-    actor: str
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileRow:
-    """What the bundle `digest` was measured to take: `MemoryProfile.to_dict`; a learned ceiling."""
-
-    digest: str
-    device_type: str
-    runtime: str
-    profile: dict[str, Any]
-    ceiling: int | None = None
 
 
 def open_store(url: str, *, clock: Callable[[], float] = time.time) -> Store:
@@ -119,25 +73,24 @@ class Store:
     def get_pins(self) -> list[PinRow]:
         """Every pin, by model and reference."""
         with self._read() as db:
-            rows = db.execute(select(pins).order_by(pins.c.model, pins.c.ref))
-            return [PinRow(**row) for row in rows.mappings()]
+            return pin_rows.read(db)
 
     def save_pin(self, model: str, ref: str, version: str, digest: str, resolved_at: float) -> None:
         """Add a pin, or replace the one of the same model and reference."""
         with self._write() as db:
-            upsert(db, pins, asdict(PinRow(model, ref, version, digest, resolved_at)))
+            pin_rows.save(db, PinRow(model, ref, version, digest, resolved_at))
 
     # What was asked for.
 
     def desired(self) -> dict[str, Any] | None:
         """The document that was last saved, or None."""
         with self._read() as db:
-            return db.execute(select(desired.c.config)).scalar_one_or_none()
+            return documents.read_desired(db)
 
     def desired_revision(self) -> int:
         """How often the document was saved."""
         with self._read() as db:
-            return _revision(db, desired)
+            return documents.desired_revision(db)
 
     def save_desired(self, config: dict[str, Any], *, expected: int | None = None) -> None:
         """Replace the document; its revision becomes one more.
@@ -145,7 +98,7 @@ class Store:
         Raises `ConflictError`, and changes nothing, if `expected` is given and is not its revision.
         """
         with self._write() as db:
-            self._save_desired(db, config, expected)
+            documents.save_desired(db, config, expected=expected, at=self._clock())
 
     def commit(
         self,
@@ -167,13 +120,13 @@ class Store:
         """
         with self._write() as db:
             if desired is not None:
-                self._save_desired(db, desired, expected)
+                documents.save_desired(db, desired, expected=expected, at=self._clock())
             if pins is not None:
-                _replace_pins(db, pins)
+                pin_rows.replace(db, pins)
             for row in rollouts:
-                upsert(db, rollout_table, {**asdict(row), "updated_at": self._clock()})
+                rollout_rows.save(db, row, at=self._clock())
             if route_table is not None:
-                self._save_route_table(db, route_table)
+                documents.save_route_table(db, route_table, at=self._clock())
             audit_log.append(db, audit)
             if event is not None:
                 self._append(db, *event)
@@ -181,20 +134,19 @@ class Store:
     def digests(self) -> dict[tuple[str, str], str]:
         """(model, version) to the digest that it had when it was first applied."""
         with self._read() as db:
-            rows = db.execute(select(versions.c.model, versions.c.version, versions.c.digest))
-            return {(row.model, row.version): row.digest for row in rows}
+            return pin_rows.digests(db)
 
     # What gateways were told.
 
     def next_revision(self) -> int:
         """A route table revision above that of every table saved so far."""
         with self._read() as db:
-            return _revision(db, route_table) + 1
+            return documents.route_table_revision(db) + 1
 
     def route_table(self) -> dict[str, Any] | None:
         """The table that was last saved, or None."""
         with self._read() as db:
-            return db.execute(select(route_table.c.body)).scalar_one_or_none()
+            return documents.read_route_table(db)
 
     def save_route_table(self, table: dict[str, Any]) -> None:
         """Replace the route table. `table["revision"]` must be above the saved one's.
@@ -202,7 +154,7 @@ class Store:
         Raises `ConflictError` if it is not: another controller has published meanwhile.
         """
         with self._write() as db:
-            self._save_route_table(db, table)
+            documents.save_route_table(db, table, at=self._clock())
 
     # Rollouts.
 
@@ -213,37 +165,25 @@ class Store:
 
         `model`: of this model only.
         """
-        found = rollout_table.c
-        query = select(*(found[name] for name in RolloutRow.__dataclass_fields__))
-        if active is not None:
-            query = query.where(found.finished_at.is_(None) == active)
-        if model is not None:
-            query = query.where(found.model == model)
-        query = query.order_by(found.created_at.desc(), found.id.desc()).limit(limit)
         with self._read() as db:
-            return [RolloutRow(**row) for row in db.execute(query).mappings()]
+            return rollout_rows.read(db, active=active, model=model, limit=limit)
 
     def rollout(self, rollout_id: str) -> RolloutRow | None:
         """The rollout of this id."""
-        found = rollout_table.c
-        query = select(*(found[name] for name in RolloutRow.__dataclass_fields__))
         with self._read() as db:
-            row = db.execute(query.where(found.id == rollout_id)).mappings().one_or_none()
-            return None if row is None else RolloutRow(**row)
+            return rollout_rows.find(db, rollout_id)
 
     def count_rollouts(self, model: str) -> int:
         """How many rollouts a model has had."""
         with self._read() as db:
-            query = select(func.count()).where(rollout_table.c.model == model)
-            return db.execute(query).scalar_one()
+            return rollout_rows.count(db, model)
 
     # GPUs.
 
     def cordons(self) -> list[CordonRow]:
         """Every GPU that is cordoned, by UUID."""
         with self._read() as db:
-            rows = db.execute(select(gpu_cordons).order_by(gpu_cordons.c.uuid))
-            return [CordonRow(**row) for row in rows.mappings()]
+            return cordon_rows.read(db)
 
     def save_cordons(
         self, rows: Sequence[CordonRow], lifted: Sequence[str], audit: Sequence[AuditEntry]
@@ -253,9 +193,7 @@ class Store:
         All together or not at all.
         """
         with self._write() as db:
-            for row in rows:
-                upsert(db, gpu_cordons, asdict(row))
-            db.execute(delete(gpu_cordons).where(gpu_cordons.c.uuid.in_(lifted)))
+            cordon_rows.save(db, rows, lifted)
             gpu_errors.forget(db, lifted)
             audit_log.append(db, audit)
 
@@ -272,13 +210,12 @@ class Store:
     def memory_profiles(self) -> list[ProfileRow]:
         """What every bundle was measured to take."""
         with self._read() as db:
-            return [ProfileRow(**row) for row in db.execute(select(memory_profiles)).mappings()]
+            return profile_rows.read(db)
 
     def save_memory_profiles(self, rows: Sequence[ProfileRow]) -> None:
         """Add profiles, or replace those of the same bundle, type of device and runtime."""
         with self._write() as db:
-            for row in rows:
-                upsert(db, memory_profiles, asdict(row))
+            profile_rows.save(db, rows)
 
     # The ledger.
 
@@ -379,26 +316,6 @@ class Store:
         with self._read() as db:
             return [Event(**row) for row in db.execute(query).mappings()]
 
-    def _save_desired(self, db: Connection, config: dict[str, Any], expected: int | None) -> None:
-        revision = _revision(db, desired)
-        if expected is not None and expected != revision:
-            raise ConflictError(
-                f"the configuration is at revision {revision}, not {expected}: "
-                "someone else changed it; look at it again and repeat"
-            )
-        row = {"id": 1, "revision": revision + 1, "config": config, "updated_at": self._clock()}
-        upsert(db, desired, row)
-
-    def _save_route_table(self, db: Connection, table: dict[str, Any]) -> None:
-        revision = int(table["revision"])
-        if revision <= (saved := _revision(db, route_table)):
-            raise ConflictError(
-                f"route table revision {revision} is not above the saved revision {saved}: "
-                "another controller writes to this store"
-            )
-        row = {"id": 1, "revision": revision, "body": table, "updated_at": self._clock()}
-        upsert(db, route_table, row)
-
     def _append(self, db: Connection, kind: str, body: dict[str, Any]) -> None:
         db.execute(insert(events).values(at=self._clock(), kind=kind, body=body))
 
@@ -411,30 +328,3 @@ class Store:
     def _write(self) -> Iterator[Connection]:
         with self._lock, engines.begin(self._engine, write=True) as connection:
             yield connection
-
-
-def _revision(db: Connection, table: Table) -> int:
-    """The revision in a one-row table; 0 without a row."""
-    return db.execute(select(table.c.revision)).scalar_one_or_none() or 0
-
-
-def _replace_pins(db: Connection, rows: Sequence[PinRow]) -> None:
-    db.execute(delete(pins))
-    for pin in rows:
-        upsert(db, pins, asdict(pin))
-        _insert_once(
-            db,
-            versions,
-            {
-                "model": pin.model,
-                "version": pin.version,
-                "digest": pin.digest,
-                "first_applied_at": pin.resolved_at,
-            },
-        )
-
-
-def _insert_once(db: Connection, table: Table, row: dict[str, Any]) -> None:
-    """Insert, or change nothing where the row's key is there."""
-    keys = list(table.primary_key)
-    db.execute(insert_into(db, table).values(row).on_conflict_do_nothing(index_elements=keys))

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving import telemetry
+from serving.metrics.deployment import REQUESTS
 from tests.e2e.deployment import SERVING, Deployment, eventually, free_port, serving
 from tests.e2e.load import Load
 
@@ -171,7 +171,7 @@ def test_the_scrape_is_valid_and_counts(deployment: Deployment) -> None:
 
     def counted() -> float:
         families = text_string_to_metric_families(deployment.metrics())
-        samples = [s for f in families if f.name == telemetry.REQUESTS.name for s in f.samples]
+        samples = [s for f in families if f.name == REQUESTS.name for s in f.samples]
         return sum(s.value for s in samples if s.labels["outcome"] == "success")
 
     eventually(lambda: counted() >= load.count, "every answer is counted")

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from serving.cli.main import app
-from serving.config import ModelConfig, load_config
+from serving.config import load_config
 from serving.core.tuning import AS_EXPORTED
 from serving.errors import ArtifactError, OperatorError
+from serving.model_settings import ModelConfig
 from serving.replica.tuning import Space, tune
 from tests.e2e.deployment import serving
 

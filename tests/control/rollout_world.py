@@ -71,6 +71,13 @@ class RolloutWorld(World):
         models = {"m": {"version": version, "rollout": QUICK, **settings}}
         return await self.apply(controller, models)
 
+    async def observing(self) -> Controller:
+        """A controller that serves version 1 of m and observes version 2."""
+        controller = await self.serving()
+        await self.change(controller, "2")
+        await self.until(controller, "observing")
+        return controller
+
     async def rolled_out(self, controller: Controller, version: str) -> Record:
         """Apply another version and wait until it has succeeded."""
         await self.change(controller, version)

@@ -11,7 +11,7 @@ from rich.console import Console
 from serving.cli.cost_render import cost_table
 from serving.control.cost_metrics import CostMetrics
 from serving.control.cost_views import cost_view
-from serving.core.ledger import Account, Amount, Kind
+from serving.core.ledger_accounts import Account, Amount, Kind
 from serving.store.ledger import LedgerRow
 
 SECOND = 10**9

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving import telemetry
 from serving.control.controller import Controller
 from serving.control.gpu_views import gpus_view
 from serving.control.gpus import FATAL_WINDOW_S, FORGET_S, STALE_S
 from serving.control.metrics import exposition
 from serving.core.gpus import Gpu, GpuProcess, GpuSample, NodeReport, XidEvent
 from serving.errors import ConflictError, InvalidRequest, NotFound, StoreError
+from serving.metrics import METRICS
 from tests.control.world import World
 
 GIB = 1 << 30
@@ -419,7 +419,7 @@ def test_metrics_have_our_names_and_tritons(world: World) -> None:
         other = frozenset({B.uuid, "host-1"})
         assert found["serving_gpu_throttled", other | {"hw_slowdown"}] == 1.0
         assert found["serving_gpu_cordoned", other] == 1.0
-        named = {m.name: set(m.labels) for m in telemetry.METRICS}
+        named = {m.name: set(m.labels) for m in METRICS}
         for family in text_string_to_metric_families(exposition(controller, "2.60").decode()):
             if "gpu" in family.name or family.name.startswith("nv_"):
                 for one in family.samples:

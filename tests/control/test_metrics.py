@@ -8,10 +8,10 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving import telemetry
 from serving.control.controller import Controller
 from serving.control.metrics import exposition
 from serving.control.status import status
+from serving.metrics import METRICS
 from tests.control.world import World, gateway_report, model_row
 
 
@@ -43,7 +43,7 @@ def test_every_metric_is_exposed_and_nothing_else(tmp_path: Path) -> None:
     reports = [gateway_report("g1", models=[model_row("1", 3)], unrouted={"not_found": 2})]
     text = exposition(serve(World(tmp_path), reports), "2.60").decode()
     families = {f.name: f for f in text_string_to_metric_families(text)}
-    expected = {m.name: m for m in telemetry.METRICS}
+    expected = {m.name: m for m in METRICS}
     assert families.keys() == expected.keys()
     for name, metric in expected.items():
         found = families[name]

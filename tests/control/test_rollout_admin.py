@@ -316,9 +316,7 @@ def test_a_breaker_is_acted_on_within_a_quarter_of_a_second(world: RolloutWorld)
     """From a gateway's report to the table without weight at a gateway that waits for it."""
 
     async def scenario() -> float:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         world.traffic.versions["2"] = Version(failing=1.0)
         for gateway in world.traffic.fleet:
             gateway.serve(200, world.traffic.versions)

@@ -95,9 +95,7 @@ def test_a_rollout_that_cannot_be_decided_stays_as_it_is(
         raise ZeroDivisionError("division by zero")
 
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         with monkeypatch.context() as patch:
             patch.setattr("serving.control.rollouts.decide", broken)
             await world.seconds(controller, 3)
@@ -185,9 +183,7 @@ def test_a_rollback_too_late_says_what_to_do(world: RolloutWorld) -> None:
 
 def test_commands_are_obeyed_and_audited(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         paused = await tell(controller, "pause", key="m:1")
         assert (paused["state"], paused["actor"]) == ("paused", "alice")
         await world.seconds(controller, 8)
@@ -207,9 +203,7 @@ def test_commands_are_obeyed_and_audited(world: RolloutWorld) -> None:
 
 def test_of_two_operators_the_second_is_told_what_the_first_did(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         results = await asyncio.gather(
             tell(controller, "promote", state="observing"),
             tell(controller, "abort", state="observing"),
@@ -270,9 +264,7 @@ def test_the_same_target_again_changes_nothing(world: RolloutWorld) -> None:
 
 def test_another_target_takes_the_running_one_back_first(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         plan = await world.change(controller, "3")
         assert [(c["change"], c["version"]) for c in plan["changes"]] == [
             ("unchanged", "1"),
@@ -294,9 +286,7 @@ def test_another_target_takes_the_running_one_back_first(world: RolloutWorld) ->
 
 def test_applying_the_stable_version_takes_the_new_one_back(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         plan = await world.change(controller, "1")
         assert plan["rollouts"] == []
         await world.until(controller, "rolled_back")
@@ -312,9 +302,7 @@ def test_applying_the_stable_version_takes_the_new_one_back(world: RolloutWorld)
 @pytest.mark.parametrize("target", ["2", "3"])
 def test_immediate_ends_a_running_rollout(world: RolloutWorld, target: str) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         await world.change(controller, target, rollout="immediate")
         await world.until(controller, "rolled_back", key="m:1")
         await world.seconds(controller, 6)
@@ -327,9 +315,7 @@ def test_immediate_ends_a_running_rollout(world: RolloutWorld, target: str) -> N
 
 def test_a_model_that_is_removed_takes_its_rollout_along(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         await world.apply(controller, {})
         await world.until(controller, "rolled_back", key="m:1")
         await world.seconds(controller, 3)
@@ -340,9 +326,7 @@ def test_a_model_that_is_removed_takes_its_rollout_along(world: RolloutWorld) ->
 
 def test_settings_of_the_file_reach_the_version_on_its_way(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         await world.change(controller, "2", replicas=2)
         await world.until(controller, "succeeded")
         await world.seconds(controller, 12)
@@ -441,9 +425,7 @@ def test_a_start_after_a_failed_one_tries_again(world: RolloutWorld) -> None:
 
 def test_a_rollout_goes_on_without_the_registry(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         world.resolver.gone = True
         await world.until(controller, "succeeded")
         with pytest.raises(RegistryError, match="does not answer"):
@@ -456,9 +438,7 @@ def test_a_stable_version_that_dies_is_no_reason_to_take_the_canary_back(
     world: RolloutWorld,
 ) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         world.cluster.silent.add("1")
         await world.seconds(controller, 10)
         assert weight(controller) == 1.0, "who is there answers"
@@ -470,9 +450,7 @@ def test_a_stable_version_that_dies_is_no_reason_to_take_the_canary_back(
 
 def test_a_canary_that_dies_has_no_weight_and_is_taken_back(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         world.cluster.silent.add("2")
         await world.seconds(controller, 10)
         assert weight(controller) == 0.0
@@ -485,9 +463,7 @@ def test_a_canary_that_dies_has_no_weight_and_is_taken_back(world: RolloutWorld)
 
 def test_replicas_that_come_and_go_are_a_crash_loop(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         for generation in (1, 2):
             world.cluster.generation["2"] = generation
             await world.second(controller)
@@ -578,9 +554,7 @@ def test_a_version_that_is_not_ready_has_no_split_when_it_is_paused(world: Rollo
 def test_evidence_is_the_same_after_a_restart(world: RolloutWorld) -> None:
     async def scenario() -> None:
         world.traffic.versions["2"] = Version(failing=0.03)
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         await world.seconds(controller, 2)
         before = await controller.rollouts.find("m")
         again = await world.controller()
@@ -597,9 +571,7 @@ def test_evidence_is_the_same_after_a_restart(world: RolloutWorld) -> None:
 
 def test_counts_survive_gateways_and_their_folding(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         await world.second(controller)
         trials = controller.totals.trials
         before = trials.counts("m:1")
@@ -636,9 +608,7 @@ def test_a_gateway_that_forgets_a_split_does_not_take_its_counts_along(
     world: RolloutWorld,
 ) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        controller = await world.observing()
         await world.second(controller)
         before = controller.totals.trials.counts("m:1")
         gateway = world.traffic.fleet[0]
@@ -667,9 +637,7 @@ def test_a_new_deployment_does_not_bring_back_what_was_taken_back(world: Rollout
 
 def test_a_rollout_that_a_new_deployment_cut_short_begins_again(world: RolloutWorld) -> None:
     async def scenario() -> None:
-        controller = await world.serving()
-        await world.change(controller, "2")
-        await world.until(controller, "observing")
+        await world.observing()
         world.deployment, world.cluster.phases = "second", {}
         again = await world.controller()
         assert again.rollouts.records == ()

@@ -6,18 +6,9 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 
-from serving.core.ledger import (
-    NS_PER_HOUR,
-    WHOLE,
-    Account,
-    Amount,
-    Device,
-    Holder,
-    Kind,
-    Lease,
-    ReplicaUsage,
-    settle,
-)
+from serving.core.ledger import Device, settle
+from serving.core.ledger_accounts import NS_PER_HOUR, Account, Amount, Kind
+from serving.core.ledger_leases import WHOLE, Holder, Lease, ReplicaUsage
 
 GPU = "GPU-1"
 PRICES = {GPU: 6_880_000_001, "cpu": 42_500_000}

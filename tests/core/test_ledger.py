@@ -11,20 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.core.ledger import (
-    GRACE_NS,
-    NS_PER_HOUR,
-    SILENCE_NS,
-    WHOLE,
-    Account,
-    Amount,
-    Device,
-    Holder,
-    Kind,
-    Lease,
-    ReplicaUsage,
-    settle,
-)
+from serving.core.ledger import Device, settle
+from serving.core.ledger_accounts import NS_PER_HOUR, Account, Amount, Kind
+from serving.core.ledger_leases import GRACE_NS, WHOLE, Holder, Lease, ReplicaUsage
+from serving.core.ledger_lives import SILENCE_NS
 from serving.core.ledger_minutes import by_minute
 from tests.core.ledger_world import GPU, PRICES, World
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway.harness import Gateway, Replica, ReplicaProcess, arm
+from tests.gateway.harness import Gateway, NewReplica, Replica, ReplicaProcess, arm
 from tests.gateway.models import VECTOR, ScriptedBackend, build
 from tests.gateway.rollouts import Rollout
 
@@ -69,6 +69,20 @@ def replica(run_dir: Path) -> Iterator[Replica]:
     yield replica
     replica.backend.gate.set()
     replica.stop()
+
+
+@pytest.fixture
+def new(run_dir: Path) -> Iterator[NewReplica]:
+    """Starts replicas whose models are under control."""
+    with ExitStack() as stack:
+
+        def start(name: str) -> Replica:
+            replica = Replica(ScriptedBackend(), run_dir, name)
+            stack.callback(replica.stop)
+            stack.callback(replica.backend.gate.set)
+            return replica
+
+        yield start
 
 
 @pytest.fixture

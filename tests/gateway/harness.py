@@ -301,6 +301,10 @@ class Replica:
         self.server.stop()
 
 
+NewReplica = Callable[[str], Replica]
+"""What the fixture `new` gives: starts a replica of that name."""
+
+
 class ReplicaProcess:
     """The same over a `ScriptedBackend` in a process of its own, to be killed."""
 

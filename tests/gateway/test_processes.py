@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from serving.gateway import links
-from tests.gateway.client import Client, infer
+from tests.gateway.client import Client, Reply, infer
 from tests.gateway.harness import Gateway, ReplicaProcess, arm, eventually
 from tests.gateway.models import KILLS_REPLICA
 from tests.gateway.test_batches import NEVER_S, callers, send_all
@@ -57,6 +57,18 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+
+
+def answer_to_poison(gateway: Gateway, count: int, at: int) -> Reply:
+    """The reply to number `at` of `count` requests at once, which kills; the others come right."""
+    values = [float(i) for i in range(count)]
+    values[at] = KILLS_REPLICA
+    with callers(gateway, count) as clients:
+        send_all(clients, values)
+        replies = [client.reply() for client in clients]
+    poisoned = replies.pop(at)
+    assert [r.values[0] for r in replies] == [2 * v for v in values if v != KILLS_REPLICA]
+    return poisoned
 
 
 def test_killed_replicas_cost_no_request(gateway: Gateway, processes: Start) -> None:
@@ -109,15 +121,9 @@ def test_a_poison_request_fails_alone(gateway: Gateway, processes: Start) -> Non
     """It kills two replicas, and nobody else comes to harm: neither its batch-mates nor others."""
     replicas = [processes(name) for name in ("a", "b", "c")]
     gateway.publish(arm("m", replicas, max_size=8, max_delay_s=NEVER_S))
-    with callers(gateway, 8) as clients:
-        values = [float(i) for i in range(8)]
-        values[5] = KILLS_REPLICA
-        send_all(clients, values)
-        replies = [c.reply() for c in clients]
-    poisoned = replies.pop(5)
+    poisoned = answer_to_poison(gateway, 8, at=5)
     assert poisoned.status == 503
     assert "lost during the run, 2 times" in poisoned.error
-    assert [r.values[0] for r in replies] == [2 * v for v in values if v != KILLS_REPLICA]
     eventually(lambda: sum(r.dead for r in replicas) == 2)
 
 

@@ -13,27 +13,13 @@ import pytest
 from serving.core import frames
 from serving.gateway import links
 from tests.gateway.client import Client, infer
-from tests.gateway.harness import Gateway, Replica, ReplicaProcess, arm, eventually
-from tests.gateway.models import KILLS_REPLICA, ScriptedBackend
+from tests.gateway.harness import Gateway, NewReplica, Replica, ReplicaProcess, arm, eventually
 from tests.gateway.rogue import Rogue, result
 from tests.gateway.test_batches import NEVER_S, callers, plugged, send_all
+from tests.gateway.test_processes import answer_to_poison
 from tests.replica.client import Client as FrameClient
 
-NewReplica = Callable[[str], Replica]
 ONE_BATCH = {"max_size": 64, "max_delay_s": NEVER_S}
-
-
-@pytest.fixture
-def new(run_dir: Path) -> Iterator[NewReplica]:
-    with ExitStack() as stack:
-
-        def start(name: str) -> Replica:
-            replica = Replica(ScriptedBackend(), run_dir, name)
-            stack.callback(replica.stop)
-            stack.callback(replica.backend.gate.set)
-            return replica
-
-        yield start
 
 
 @contextmanager
@@ -82,15 +68,9 @@ def test_a_poison_request_among_many_kills_three_replicas(
 ) -> None:
     replicas = [processes(name) for name in "abcd"]
     gateway.publish(arm("m", replicas, **ONE_BATCH))
-    values = [float(i) for i in range(64)]
-    values[37] = KILLS_REPLICA
-    with callers(gateway, 64) as clients:
-        send_all(clients, values)
-        replies = [client.reply() for client in clients]
-    poisoned = replies.pop(37)
+    poisoned = answer_to_poison(gateway, 64, at=37)
     assert poisoned.status == 503
     assert "lost during the run, 3 times" in poisoned.error
-    assert [r.values[0] for r in replies] == [2 * v for v in values if v != KILLS_REPLICA]
     eventually(lambda: sum(r.dead for r in replicas) == 3)
 
 

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
-
-import pytest
 
 from tests.gateway.client import Client, get, infer
-from tests.gateway.harness import Gateway, Replica, arm, eventually
-from tests.gateway.models import RAISES, ScriptedBackend
+from tests.gateway.harness import Gateway, NewReplica, Replica, arm, eventually
+from tests.gateway.models import RAISES
 from tests.gateway.test_batches import callers, plugged
 from tests.gateway.test_processes import Load
 
-NewReplica = Callable[[str], Replica]
 V2 = "sha256:" + "2" * 64
-
-
-@pytest.fixture
-def new(run_dir: Path) -> Iterator[NewReplica]:
-    with ExitStack() as stack:
-
-        def start(name: str) -> Replica:
-            replica = Replica(ScriptedBackend(), run_dir, name)
-            stack.callback(replica.stop)
-            stack.callback(replica.backend.gate.set)
-            return replica
-
-        yield start
 
 
 def holds(gateway: Gateway, client: Client, replica: Replica, value: float = 1) -> None:

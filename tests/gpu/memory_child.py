@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.replica.engine import Engine, Work
+from serving.replica.engine import Engine
 from serving.replica.rules import rules_for
+from serving.replica.work import Work
 from tests.gpu import greedy, reading
 
 

@@ -20,7 +20,7 @@ import pytest
 from serving import compose, tls
 from serving.artifacts import build_manifest, place_copy
 from serving.control_link import CONTROLLER_APP
-from serving.core.ledger import ReplicaUsage
+from serving.core.ledger_leases import ReplicaUsage
 from serving.core.replica import GpuLease, ReplicaSpec
 from serving.errors import DeviceError, Unavailable
 from serving.replica.backends import cuda

@@ -18,8 +18,9 @@ from serving.core.types import Batch, Signature, TensorSpec
 from serving.errors import OutOfMemory
 from serving.replica.backends.base import Backend
 from serving.replica.ceiling import NO_LIMIT, Ceiling
-from serving.replica.engine import Engine, Usage, Work
+from serving.replica.engine import Engine, Usage
 from serving.replica.rules import BatchRules
+from serving.replica.work import Work
 
 from . import models
 from .client import Client, Failed

@@ -13,6 +13,7 @@ from onnx import TensorProto
 from serving.artifacts import ONNX_PLATFORM
 from serving.core.types import Batch, Signature, TensorSpec
 from serving.replica.backends.base import Backend
+from serving.replica.server import ReplicaServer
 
 from . import models
 from .client import Client, Failed
@@ -24,15 +25,23 @@ Result = tuple[list[np.ndarray], tuple[int, ...]]
 class Senders:
     """Clients that send at once, each with its own connection and thread."""
 
-    def __init__(self, path: str, pool: ThreadPoolExecutor) -> None:
-        self.path, self.pool = path, pool
+    def __init__(self, server: ReplicaServer, pool: ThreadPoolExecutor) -> None:
+        self.server, self.pool = server, pool
 
     def send(self, x: np.ndarray, budget_us: int = 0) -> Future[Result]:
         def run() -> Result:
-            with Client.unix(self.path) as client:
+            with Client.unix(self.server.unix_path) as client:
                 return client.infer_with_head(x, budget_us=budget_us)
 
         return self.pool.submit(run)
+
+    def queue(self, x: np.ndarray, budget_us: int = 0) -> Future[Result]:
+        """Send during a run; return when the batch waits for its end."""
+        engine = self.server.engine
+        goal = engine.waiting + 1
+        sent = self.send(x, budget_us)
+        wait_until(lambda: engine.waiting == goal, "the batch waits")
+        return sent
 
 
 @pytest.fixture
@@ -46,14 +55,11 @@ def test_waiting_batches_run_as_one(
 ) -> None:
     gate = Gate(linear_backend)
     server = serve(gate, max_size=10)
-    senders = Senders(server.unix_path, pool)
+    senders = Senders(server, pool)
     first = senders.send(rows(1))
     assert gate.entered.acquire(timeout=30)
     batches = [rows(n, seed=n) for n in (2, 3, 4)]
-    waiting = []
-    for i, x in enumerate(batches):
-        waiting.append(senders.send(x))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
+    waiting = [senders.queue(x) for x in batches]
     gate.open()
     assert first.result(30)[1][2] == 1
     for x, sent in zip(batches, waiting, strict=True):
@@ -69,12 +75,10 @@ def test_a_merged_run_stays_within_the_limit_and_the_rest_follows(
 ) -> None:
     gate = Gate(linear_backend)
     server = serve(gate, max_size=4)
-    senders = Senders(server.unix_path, pool)
+    senders = Senders(server, pool)
     sent = [senders.send(rows(1))]
     assert gate.entered.acquire(timeout=30)
-    for i, n in enumerate((3, 3, 1)):
-        sent.append(senders.send(rows(n, seed=n)))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
+    sent += [senders.queue(rows(n, seed=n)) for n in (3, 3, 1)]
     gate.open()
     assert [len(s.result(30)[0][0]) for s in sent] == [1, 3, 3, 1]
     # The second batch of three did not fit, the single row behind it did.
@@ -88,13 +92,11 @@ def test_batches_of_other_shapes_never_meet(
     signature = models.identity_signature("FP32", (-1, -1))
     gate = Gate(models.cpu_backend(model, ONNX_PLATFORM, signature))
     server = serve(gate)
-    senders = Senders(server.unix_path, pool)
+    senders = Senders(server, pool)
     arrays = [np.full((1, w), w, np.float32) for w in (2, 3, 2, 3, 4)]
     sent = [senders.send(arrays[0])]
     assert gate.entered.acquire(timeout=30)
-    for i, x in enumerate(arrays[1:]):
-        sent.append(senders.send(x))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
+    sent += [senders.queue(x) for x in arrays[1:]]
     gate.open()
     for x, future in zip(arrays, sent, strict=True):
         np.testing.assert_array_equal(future.result(30)[0][0], x)
@@ -106,13 +108,11 @@ def test_an_expired_batch_never_reaches_the_model(
 ) -> None:
     gate = Gate(linear_backend)
     server = serve(gate)
-    senders = Senders(server.unix_path, pool)
+    senders = Senders(server, pool)
     first = senders.send(rows(1))
     assert gate.entered.acquire(timeout=30)
-    expired = senders.send(rows(2), budget_us=1)
-    wait_until(lambda: server.engine.waiting == 1, "the batch waits")
-    patient = senders.send(rows(3), budget_us=60_000_000)
-    wait_until(lambda: server.engine.waiting == 2, "the batch waits")
+    expired = senders.queue(rows(2), budget_us=1)
+    patient = senders.queue(rows(3), budget_us=60_000_000)
     gate.open()
     first.result(30)
     with pytest.raises(Failed) as failed:
@@ -129,15 +129,12 @@ def test_only_the_guilty_part_of_a_batch_fails(
     model = models.gather(tmp_path / "m.onnx")
     gate = Gate(models.cpu_backend(model, ONNX_PLATFORM, models.GATHER))
     server = serve(gate)
-    senders = Senders(server.unix_path, pool)
+    senders = Senders(server, pool)
     first = senders.send(np.array([0]))
     assert gate.entered.acquire(timeout=30)
     indices = [np.array([1, 2]), np.array([3]), np.array([4, 0, 1])]
     indices[guilty] = np.array([99])
-    sent = []
-    for i, x in enumerate(indices):
-        sent.append(senders.send(x))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
+    sent = [senders.queue(x) for x in indices]
     gate.open()
     first.result(30)
     for i, (x, future) in enumerate(zip(indices, sent, strict=True)):
@@ -154,15 +151,14 @@ def test_a_client_that_left_hurts_nobody_it_was_merged_with(
 ) -> None:
     gate = Gate(linear_backend)
     server = serve(gate)
-    senders = Senders(server.unix_path, pool)
+    senders = Senders(server, pool)
     first = senders.send(rows(1))
     assert gate.entered.acquire(timeout=30)
     leaver = Client.unix(server.unix_path)
     leaver.send_infer(rows(2))
     wait_until(lambda: server.engine.waiting == 1, "the batch waits")
     x = rows(3, seed=3)
-    mate = senders.send(x)
-    wait_until(lambda: server.engine.waiting == 2, "the batch waits")
+    mate = senders.queue(x)
     leaver.sock.close()
     gate.open()
     first.result(30)
@@ -176,12 +172,10 @@ def test_a_merged_run_never_exceeds_the_largest_bucket(
 ) -> None:
     gate = Gate(linear_backend)
     server = serve(gate, max_size=64, buckets=(2, 4))
-    senders = Senders(server.unix_path, pool)
+    senders = Senders(server, pool)
     sent = [senders.send(rows(1))]
     assert gate.entered.acquire(timeout=30)
-    for i, n in enumerate((3, 1, 2, 6)):
-        sent.append(senders.send(rows(n, seed=n)))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
+    sent += [senders.queue(rows(n, seed=n)) for n in (3, 1, 2, 6)]
     gate.open()
     assert [len(s.result(30)[0][0]) for s in sent] == [1, 3, 1, 2, 6]
     # A single batch that is larger than every bucket runs as it is.
@@ -193,13 +187,10 @@ def test_an_expired_batch_takes_no_room_in_a_merged_run(
 ) -> None:
     gate = Gate(linear_backend)
     server = serve(gate, max_size=4)
-    senders = Senders(server.unix_path, pool)
+    senders = Senders(server, pool)
     first = senders.send(rows(1))
     assert gate.entered.acquire(timeout=30)
-    sent = []
-    for i, (n, budget_us) in enumerate(((1, 0), (3, 1), (3, 0))):
-        sent.append(senders.send(rows(n, seed=n), budget_us))
-        wait_until(lambda i=i: server.engine.waiting == i + 1, "the batch waits")
+    sent = [senders.queue(rows(n, seed=n), budget_us) for n, budget_us in ((1, 0), (3, 1), (3, 0))]
     gate.open()
     first.result(30)
     assert len(sent[0].result(30)[0][0]) == 1

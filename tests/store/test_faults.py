@@ -14,7 +14,8 @@ from sqlalchemy import event
 
 from serving.errors import StoreError
 from serving.store import engine as engines
-from serving.store.sql import PinRow, Store, open_store
+from serving.store.pins import PinRow
+from serving.store.sql import Store, open_store
 
 PROCESSES = multiprocessing.get_context("spawn")
 BIG = "x" * 200_000

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from serving.store.sql import ProfileRow, Store
+from serving.store.memory_profiles import ProfileRow
+from serving.store.sql import Store
 
 
 def test_a_profile_is_kept_by_bundle_type_of_device_and_runtime(store: Store) -> None:

@@ -10,7 +10,9 @@ import pytest
 from serving.errors import ConfigError, ConflictError, StoreError
 from serving.store import engine as engines
 from serving.store.audit import FIRST_HASH, AuditEntry, Head
-from serving.store.sql import PinRow, RolloutRow, Store, open_store
+from serving.store.pins import PinRow
+from serving.store.rollouts import RolloutRow
+from serving.store.sql import Store, open_store
 from tests.store.conftest import Clock, put_back
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from serving.errors import ConflictError, StoreError
 from serving.store import engine as engines
+from serving.store.pins import PinRow
 from serving.store.schema import metadata
-from serving.store.sql import Event, PinRow, Store, open_store
+from serving.store.sql import Event, Store, open_store
 from tests.store.conftest import Clock, put_back
 
 CHAMPION = PinRow("digits", "@champion", "2", "sha256:b", 12.5)

@@ -1,4 +1,4 @@
-"""Logs as lines for people or as JSON, and names of metrics that Prometheus takes."""
+"""Logs as lines for people or as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving import telemetry
+from serving.logs import configure_logging
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def logged(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     stream = io.StringIO()
-    telemetry.configure_logging(stream)
-    telemetry.configure_logging(stream)
+    configure_logging(stream)
+    configure_logging(stream)
     log = logging.getLogger("serving.test")
     log.info("replica %s is ready", "r1", extra={"model": "m"})
     try:
@@ -59,14 +59,3 @@ def test_an_unknown_level_means_info(
     monkeypatch: pytest.MonkeyPatch, logger: logging.Logger
 ) -> None:
     assert "ready" in logged(monkeypatch, SERVING_LOG_LEVEL="loud")
-
-
-def test_metric_names_and_labels_are_prometheus_names() -> None:
-    assert len({m.name for m in telemetry.METRICS}) == len(telemetry.METRICS)
-    for metric in telemetry.METRICS:
-        # The others are names that Triton gave, and dashboards know.
-        assert re.fullmatch(r"serving_[a-z_]+|nv_[a-z_]+", metric.name)
-        assert not metric.name.endswith("_total"), "the exposition adds it"
-        assert (metric.kind == "histogram") <= metric.name.endswith(("_seconds", "_rows"))
-        assert (metric.kind == "info") == metric.name.endswith("_info")
-        assert metric.help.endswith(".")
