@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml constraints.txt .ci/setup
 demo: $(STAMP) ## Train, register and serve two digit classifiers, post real scans, print a table
 	@$(BIN)/python -m models.digits.demo
 
-test: $(STAMP) ## Run the tests
-	@$(BIN)/pytest
+test: $(STAMP) ## Run the tests, as many at a time as there are cores
+	@$(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU; fails without one
 	@SERVING_TEST_GPU_REQUIRED=1 $(BIN)/pytest tests/gpu

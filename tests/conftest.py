@@ -22,6 +22,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 __all__ = ["fake_nvml", "nvml_here", "nvml_library"]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several processes share the files among them, and one has every real deployment.
+
+    Deployments take as long as all else; they come first.
+    """
+    if config.getoption("dist", "no") != "loadgroup":
+        return
+    for item in items:
+        deployed = item.get_closest_marker("cluster") is not None
+        group = "deployments" if deployed else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+
+
 def _write_sleeper(directory: Path) -> None:
     """TorchScript: y = 2x, but values over 1e3 keep it busy so long, over 1e6 for ever."""
     import torch
