@@ -13,9 +13,8 @@ to clients follows from three rules:
 What replicas are is immutable: a setting that a replica reads is part of the application's name (a
 hash), so a changed setting is another application, started beside the old one. How many there are
 is not: `routed` has the old number until the new one has come about, or for good where it cannot.
-`decide` may be
-called at any time, any number of times, by a controller that has just lost its memory: it looks at
-the world, never at history.
+`decide` may be called at any time, any number of times, by a controller that has just lost its
+memory: it looks at the world, never at history.
 """
 
 from __future__ import annotations
@@ -386,6 +385,7 @@ def _row(
 def _scaled(after: ServedVersion, before: ServedVersion) -> str:
     reason = f"{before.app.size} -> {after.app.size} replicas"
     others = _differences(after, before.sized_as(after))
+    others += ["scaling"] * after.app.size.follows_otherwise(before.app.size)
     return f"{reason}; changed: {', '.join(others)}" if others else reason
 
 

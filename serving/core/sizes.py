@@ -5,7 +5,7 @@ The number is no part of what an application is: it changes while the applicatio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serving.core.scaling import Scaling
 
@@ -38,6 +38,12 @@ class Size:
         """
         enough = not self.grows_from(old) or ready >= self.least
         return enough and (self.most >= old.most or ready <= self.most)
+
+    def follows_otherwise(self, old: Size) -> bool:
+        """Whether it follows the load by other settings than `old`, but for the bounds."""
+        if self.scaling is None or old.scaling is None:
+            return False
+        return self.scaling != replace(old.scaling, least=self.least, most=self.most)
 
     def __str__(self) -> str:
         """`3`, or `1 to 4`."""
