@@ -134,10 +134,9 @@ class ServeCluster:
     def _targets(self, app: AppSpec, seats: Sequence[Seat] | None) -> list[serve.RunTarget]:
         if seats is None:
             bound = self._bind(app, app.count, {})
-            scaled = app.scaling is not None
             return [
                 serve.RunTarget(
-                    bound, name=app.name, route_prefix=None, external_scaler_enabled=scaled
+                    bound, name=app.name, route_prefix=None, external_scaler_enabled=True
                 )
             ]
         return [

@@ -142,15 +142,16 @@ def seat_on(device: Device, number: int, need: Need, ray_gpus: float | None, on_
 def claims(state: State, records: Sequence[Record]) -> list[list[Claim]]:
     """Who is to run, in the order in which they choose: what answers, what is to, rollouts.
 
-    An application that was given up has no claim.
+    An application that was given up has no claim, unless it was more replicas that were.
     """
     live = [r for r in records if r.live and not r.released]
     grouped = {r.rollout.model for r in live}
     coming = {s.app.name: s.app for r in live for s in r.served.versions.values()}
-    seen: set[str] = set()
+    routed = state.routed.apps()
+    seen = state.given_up.keys() - routed.keys()
     waves = []
-    for apps in (state.routed.apps(), state.desired.apps(), coming):
-        new = {n: a for n, a in apps.items() if n not in seen and n not in state.given_up}
+    for apps in (routed, state.desired.apps(), coming):
+        new = {n: a for n, a in apps.items() if n not in seen}
         seen |= new.keys()
         waves.append([claim_of(app, state.wanted(app), grouped) for app in new.values()])
     return waves

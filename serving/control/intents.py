@@ -26,7 +26,8 @@ class Situation:
 
     `current` is what it is to run, `routed` what gateways route. `running` are its rollouts that
     are not over, oldest first. `past` is the latest rollout to the version that is asked for.
-    `rebuilt` is that one's stable version with today's settings.
+    `rebuilt` is that one's stable version with today's settings. `resized`: the apply asks for
+    another number of replicas than the last one.
     """
 
     current: ServedModel | None
@@ -34,6 +35,7 @@ class Situation:
     running: Sequence[Record] = ()
     past: Record | None = None
     rebuilt: ServedVersion | None = None
+    resized: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,14 @@ def intend(asked: ServedModel, plan: RolloutSpec | None, seen: Situation) -> Int
         return Intent("direct", asked, ends=_replaced(newest, target))
     if plan is None:
         return Intent("direct", asked, ends=_replaced(newest, target), released=True)
-    desired = _beside(asked, base)
     past = seen.past
     if past is not None and _took_back(past):
+        desired = _beside(asked, _sized(base, target, seen))
         return Intent("held", desired, reason=_why_held(past), ends=_replaced(newest, target))
     check_signature(asked.version, base, target)
     reason = f"rollout from version {base.arm.version} by plan {plan.plan}"
+    # It keeps its number: the new one comes with the new version.
+    desired = _beside(asked, base)
     return Intent("rollout", desired, base, target, reason, ends=_replaced(newest, target))
 
 
@@ -130,13 +134,14 @@ def _same_target(
     stable = asked.versions.get(newest.rollout.stable) or seen.current.versions.get(
         newest.rollout.stable, newest.served.versions[newest.rollout.stable]
     )
+    target = asked.versions[asked.version]
+    stable = _sized(stable, target, seen)
     desired = _beside(asked, stable)
     if newest.taking_back:
         reason = f"it is being taken back ({newest.rollout.reason})"
         return Intent("held", desired, reason=reason)
     # Behind another one that is being taken back it is not laid out yet.
     first = seen.running[0] is newest
-    target = asked.versions[asked.version]
     if first and newest.rollout.stage is not State.PENDING:
         desired = replace(desired, versions={**desired.versions, asked.version: target})
     return Intent("goes_on", desired, stable, target)
@@ -147,6 +152,14 @@ def _beside(asked: ServedModel, stable: ServedVersion) -> ServedModel:
     version = stable.arm.version
     others = {v: s for v, s in asked.versions.items() if v != asked.version}
     return ServedModel(version, {version: stable, **others})
+
+
+def _sized(stable: ServedVersion, target: ServedVersion, seen: Situation) -> ServedVersion:
+    """The version that answers, with the number of replicas that the apply asks for anew.
+
+    One that came along with another version, which may be taken back, is that version's alone.
+    """
+    return stable.sized_as(target) if seen.resized else stable
 
 
 def _base(seen: Situation, target: ServedVersion) -> ServedVersion | None:

@@ -146,7 +146,11 @@ class Observer:
         state = self._reconciler.state
         model = state.desired.models.get(rollout.model)
         served = model.versions.get(rollout.canary) if model else None
-        return state.given_up.get(served.app.name, "") if served else ""
+        routed = self._routed(rollout, rollout.canary)
+        # Where only more replicas of it did not start, it goes on with those it has.
+        if served is None or (routed is not None and routed.app.name == served.app.name):
+            return ""
+        return state.given_up.get(served.app.name, "")
 
     def _incidents(self, record: Record, now: float) -> tuple[Incident, ...]:
         """Those of before, and the new ones of both arms."""
@@ -167,7 +171,8 @@ class Observer:
             return (), known
         app = served.app.name
         current = {(r.endpoint.replica, int(r.info["pid"])): r.seat for r in self._fleet.of(app)}
-        restarted, known = known.looked(app, current, scaled=served.app.scaling is not None)
+        wanted = self._reconciler.state.wanted(served.app)
+        restarted, known = known.looked(app, current, wanted=wanted)
         # Two at once are two.
         return tuple(now + i * 1e-3 for i in range(restarted)), known
 

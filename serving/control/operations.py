@@ -208,6 +208,7 @@ class Operations:
             self._rollouts.of(name),
             past,
             rebuilt,
+            _resized(state.config, config.models[name], name),
         )
         return intend(asked, config.models[name].rollout_plan, seen)
 
@@ -304,6 +305,12 @@ class Operations:
                     f"registry, but it was {digest} when it was first applied: it was replaced; "
                     "register the file as another version"
                 )
+
+
+def _resized(applied: Mapping[str, Any], model: ModelConfig, name: str) -> bool:
+    """Whether another number of replicas is asked for than what was applied last."""
+    before, after = applied.get("models", {}).get(name), model.model_dump(mode="json")
+    return before is not None and any(before.get(k) != after[k] for k in ("replicas", "scaling"))
 
 
 def _also(model: ModelConfig, name: str, pins: Pins) -> list[str]:

@@ -163,7 +163,7 @@ class Placer:
     # Before something starts.
 
     def check(self, plan: Mapping[str, Any]) -> None:
-        """Raise `ConflictError` where a new application of `preview` finds no room."""
+        """Raise `ConflictError` where what is new in a `preview` finds no room."""
         refused = [row for row in plan["models"] if row["new"] and row["refused"]]
         if refused:
             raise ConflictError(f"{'; '.join(sentence(row) for row in refused)}; {_HINT}")
@@ -179,21 +179,29 @@ class Placer:
     ) -> dict[str, Any]:
         """Where everything goes, and what is in the way: {"gpus": […], "models": […]}.
 
-        `new` applications choose after all that have a claim already. Models in `rolling_out` will
-        have two arms that keep apart; those in `leaving` give up what they hold.
+        `new` applications choose after all that have a claim already; those of them that run may
+        ask for more replicas. Models in `rolling_out` will have two arms that keep apart; those in
+        `leaving` give up what they hold.
         """
         waves = claims(state, records)
         gone = {
             c.app.name for wave in waves for c in wave if c.app.replica.model in leaving
         }  # fmt: skip
         arms = {*rolling_out, *(r.rollout.model for r in records if r.live and not r.released)}
+        known = {c.app.name: c.replicas for wave in waves for c in wave if c.app.name not in gone}
+        asked = {a.name: state.asked(a) for a in new}
+        grown = {n: count for n, count in asked.items() if n in known and count != known[n]}
         waves = [
-            [claim_of(c.app, c.replicas, arms) for c in wave if c.app.name not in gone]
+            [
+                claim_of(c.app, grown.get(c.app.name, c.replicas), arms)
+                for c in wave
+                if c.app.name not in gone
+            ]
             for wave in waves
-        ]  # fmt: skip
-        known = {c.app.name for wave in waves for c in wave}
-        added = [claim_of(app, state.wanted(app), arms) for app in new if app.name not in known]
-        return self._view([*waves, added], {c.app.name for c in added}, gone)
+        ]
+        added = [claim_of(a, asked[a.name], arms) for a in new if a.name not in known]
+        more = {n for n, count in grown.items() if count > known[n]}
+        return self._view([*waves, added], {c.app.name for c in added} | more, gone)
 
     def no_room(self, state: State, records: Sequence[Record], app: str) -> str | None:
         """Why not all replicas that `state` wants of an application find a GPU; None: they do."""

@@ -114,7 +114,7 @@ class Reconciler:
         self._drain_s = drain_s
         self._specs: dict[str, AppSpec] = {}
         self._retiring: dict[str, _Retiring] = {}
-        # What Serve was told of applications that are scaled, by this process.
+        # How many replicas Serve was told to run, by this process.
         self._told: dict[str, int] = {}
 
     def adopt(self, state: State) -> None:
@@ -254,7 +254,8 @@ class Reconciler:
             error = self.fleet.error(name)
             if status.phase is Phase.FAILED:
                 error = error or status.message
-            age = max(0.0, unix - status.since)
+            # What was there before the last apply may be starting replicas for it.
+            age = max(0.0, unix - max(status.since, self.state.applied_at))
             endpoints = self.endpoints.get(name, ())
             spec = self._specs.get(name)
             wanted = None if spec is None else self.state.wanted(spec)
@@ -284,6 +285,7 @@ class Reconciler:
             await self._event("start", apps=names)
             own = {name: of for name, of in seats.items() if of is not None}
             await self._give_up(await self._in_cluster(self._cluster.start, apps, own))
+            self._told |= {app.name: app.count for app in apps}
 
     async def _scale(self) -> None:
         """Tell Serve how many replicas its applications are to have, where that has changed.
@@ -293,12 +295,10 @@ class Reconciler:
         there = (Phase.STARTING, Phase.RUNNING)
         # Seats come and go by moves.
         running = {n for n, app in self.apps.items() if app.phase in there and not app.seats}
-        self._told = {name: n for name, n in self._told.items() if name in running}
-        wanted = {
-            name: self.state.wanted(app)
-            for name, app in (self.state.desired.apps() | self.state.routed.apps()).items()
-            if app.scaling is not None and name in running
-        }
+        apps, routed = self.state.desired.apps(), self.state.routed.apps()
+        apps = routed | {n: a for n, a in apps.items() if n not in self.state.given_up}
+        self._told = {name: n for name, n in self._told.items() if name in apps}
+        wanted = {name: self.state.wanted(app) for name, app in apps.items() if name in running}
         changed = {name: n for name, n in wanted.items() if self._told.get(name) != n}
         if changed:
             await self._in_cluster(self._cluster.scale, changed)

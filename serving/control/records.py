@@ -35,26 +35,26 @@ class Replicas:
     largest: int = 0
 
     def looked(
-        self, app: str, current: Mapping[tuple[str, int], str], *, scaled: bool
+        self, app: str, current: Mapping[tuple[str, int], str], *, wanted: int
     ) -> tuple[int, Replicas]:
         """How many have taken a dead one's place, and what is known after this look.
 
         `current` are those that are there, with their seats: one in a seat of its own has moved
-        there, or is one more. `scaled`: without seats of their own, more than ever are no restarts
-        either. Of an application never seen before there are none.
+        there, or is one more. Without seats of their own, more than ever are no restarts either
+        where so many are `wanted`. Of an application never seen before there are none.
         """
         before = self if app == self.app else Replicas(app)
         known = set(before.seen or current)
         seats = set(before.seats or current.values())
         restarts = sum(seat in seats for replica, seat in current.items() if replica not in known)
-        if scaled:
-            restarts = max(0, restarts - max(0, len(current) - before.largest))
+        largest = max(before.largest, min(len(current), wanted))
+        restarts = max(0, restarts - (largest - before.largest))
         gone = [replica for replica in before.seen if replica not in current]
         return restarts, Replicas(
             app,
             (*gone[-_GONE_KEPT:], *sorted(current)),
             (*before.seats, *sorted(set(current.values()) - set(before.seats)))[-_GONE_KEPT:],
-            max(before.largest, len(current)),
+            largest,
         )
 
 

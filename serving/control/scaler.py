@@ -79,7 +79,10 @@ class Scaler:
         Not earlier than a tick after the last time, but for `at_once`. Raises `StoreError`.
         """
         now, state = self._clock.monotonic(), self._reconciler.state
-        apps = state.desired.apps() | state.routed.apps()
+        apps = {
+            name: state.as_asked(app)
+            for name, app in (state.desired.apps() | state.routed.apps()).items()
+        }
         scaled = {n: a for n, a in apps.items() if a.scaling is not None}
         self._tracked = {n: t for n, t in self._tracked.items() if n in scaled}
         early = now - self._ticked < self._tick_s - _EARLY_S and not at_once
@@ -96,7 +99,8 @@ class Scaler:
             if name in routed:
                 key = (app.replica.model, app.replica.version)
                 totals = arms.get(key, ArmTotals())
-                decision = self._decided(routed[name], before, totals, floor, now)
+                served = replace(routed[name], app=app)
+                decision = self._decided(served, before, totals, floor, now)
                 decision = self._placed(decision, app, before, state, records)
                 after, reason = decision.wanted, decision.reason
             else:
@@ -105,6 +109,9 @@ class Scaler:
             if after != before:
                 log.info("%s: %d replicas instead of %d: %s", name, after, before, reason)
                 audit.append(_entry(self._clock.unix(), app, before, after, reason))
+        # Of one that is about to have a fixed number, should that fail.
+        kept = {n for n, s in routed.items() if s.app.scaling is not None and n not in wanted}
+        wanted |= {name: state.scaled[name] for name in kept & state.scaled.keys()}
         if wanted != state.scaled:
             await self._reconciler.commit(replace(state, scaled=wanted), audit=audit)
 

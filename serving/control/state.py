@@ -39,11 +39,32 @@ class State:
 
         What takes over from a version under load begins with as many replicas as that one has.
         """
+        app = self.as_asked(app)
+        if app.scaling is not None and app.name in self.scaled:
+            return self.scaled[app.name]
+        return self.asked(app)
+
+    def asked(self, app: AppSpec) -> int:
+        """How many replicas an application with this size would have if it were applied now."""
         if app.scaling is None:
             return app.count
         if app.name in self.scaled:
-            return self.scaled[app.name]
+            return min(max(self.scaled[app.name], app.scaling.least), app.scaling.most)
         return min(app.scaling.most, max(app.count, self._answering(app.replica.model)))
+
+    def as_asked(self, app: AppSpec) -> AppSpec:
+        """The application with the number of replicas that was last asked for.
+
+        That is the one before where not all of those could start.
+        """
+        replica = app.replica
+        failed = bool(self.given_up) and app.name in self.given_up
+        for layout in (self.routed,) if failed else (self.desired, self.routed):
+            model = layout.models.get(replica.model)
+            served = model.versions.get(replica.version) if model is not None else None
+            if served is not None and served.app.replica == replica:
+                return served.app
+        return app
 
     def _answering(self, model: str) -> int:
         routed = self.routed.models.get(model)
@@ -100,7 +121,7 @@ class Cluster(Protocol):
         """
 
     def scale(self, counts: Mapping[str, int]) -> None:
-        """Give applications that are scaled so many replicas each; those that stay are untouched.
+        """Give applications so many replicas each; those that stay are untouched.
 
         Does not wait for them. To say it twice does no harm.
         """

@@ -10,10 +10,11 @@ to clients follows from three rules:
 2. nothing of a model leaves the routes before the version that replaces it has entered them;
 3. an application that neither layout needs is retired, and deleted only once it is drained.
 
-Applications are immutable: a setting that a replica reads is part of the application's name (a
-hash), so a changed setting is another application, started beside the old one. `decide` may be
-called at any time, any number of times, by a controller that has just lost its memory: it looks at
-the world, never at history.
+What replicas are is immutable: a setting that a replica reads is part of the application's name (a
+hash), so a changed setting is another application, started beside the old one. How many there are
+is not: `routed` has the old number until the new one has come about, or for good where it cannot.
+`decide` may be called at any time, any number of times, by a controller that has just lost its
+memory: it looks at the world, never at history.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from typing import Any, Final
 from serving.core.replica import ReplicaSpec
 from serving.core.routing import Arm, Endpoint, ModelRoute, RouteTable
 from serving.core.scaling import Scaling
+from serving.core.sizes import Size
 
 APP_PREFIX: Final = "model-"
 
 
 @dataclass(frozen=True, slots=True)
 class AppSpec:
-    """One Serve application: replicas of one version, immutable from start to deletion.
+    """One Serve application: replicas of one version, which stay the same from start to end.
 
     `count` of them, or with `scaling` as many as that says, from `count` on.
     """
@@ -47,11 +49,14 @@ class AppSpec:
     @property
     def name(self) -> str:
         """`model-<name>-v<version>-<hash>`: equal if a replica could not tell the difference."""
-        # One that is scaled has no number of replicas that would make it another.
-        count = self.count if self.scaling is None else 0
-        identity = {**self.replica.to_dict(), "run_dir": "", "app": "", "count": count}
+        identity = {**self.replica.to_dict(), "run_dir": "", "app": ""}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return f"{APP_PREFIX}{self.replica.model}-v{self.replica.version}-{digest[:8]}"
+
+    @property
+    def size(self) -> Size:
+        """How many replicas it is to have."""
+        return Size(self.count, self.scaling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,12 @@ class ServedVersion:
 
     app: AppSpec
     arm: Arm
+
+    def sized_as(self, other: ServedVersion) -> ServedVersion:
+        """The same version with as many replicas as `other` is to have."""
+        app = replace(self.app, count=other.app.count, scaling=other.app.scaling)
+        arm = replace(self.arm, replicas=other.arm.replicas, wake_queue=other.arm.wake_queue)
+        return ServedVersion(app, arm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +137,7 @@ class ObservedApp:
     """One application as seen now.
 
     `error` is what Serve or a replica said about a failed start; `age_s` counts from the start of
-    the application, or of the controller if it was there before. `wanted` replicas are to be ready
+    the application, or from the last apply if that is later. `wanted` replicas are to be ready
     before it is routed; None: as many as it is started with.
     """
 
@@ -155,10 +166,11 @@ def decide(
     given_up: Mapping[str, str],
 ) -> Decision:
     """Compare and choose the next step. `pending` names what is still being waited for."""
+    before = routed.apps()
     failed = {
-        name: given_up.get(name) or _failure(app, observed.get(name, ObservedApp()))
+        name: given_up.get(name) or _failure(app, observed.get(name, ObservedApp()), before)
         for name, app in desired.apps().items()
-        if name not in routed.apps()
+        if name not in before or app.size.grows_from(before[name].size)
     }
     failed = {name: error for name, error in failed.items() if error}
     following = Layout(
@@ -176,16 +188,27 @@ def decide(
         if observed.get(name, ObservedApp()).phase is Phase.ABSENT
     )
     retire = tuple(sorted(n for n in observed if n not in needed and _exists(observed[n])))
-    pending = tuple(sorted(n for n in hopeful if n not in following.apps()))
+    after = following.apps()
+    pending = tuple(
+        sorted(n for n, a in hopeful.items() if n not in after or a.size != after[n].size)
+    )
     return Decision(following, start, retire, failed, pending)
 
 
-def _failure(app: AppSpec, seen: ObservedApp) -> str:
+def _failure(app: AppSpec, seen: ObservedApp, before: Mapping[str, AppSpec]) -> str:
+    why = _why_unready(app, seen)
+    if not why or app.name not in before:
+        return why
+    return f"still {before[app.name].size} instead of {app.size} replicas: {why}"
+
+
+def _why_unready(app: AppSpec, seen: ObservedApp) -> str:
     if seen.error and not is_ready(app, seen):
         return seen.error
     if seen.phase is Phase.FAILED:
         return "its replicas do not start; see the replica's log"
-    if seen.phase in (Phase.STARTING, Phase.RUNNING) and seen.age_s > app.ready_timeout_s:
+    late = seen.age_s > app.ready_timeout_s and len(seen.endpoints) < _needed(app, seen)
+    if seen.phase in (Phase.STARTING, Phase.RUNNING) and late:
         ready = f"{len(seen.endpoints)} of {_needed(app, seen)} replicas"
         return f"{ready} ready within ready_timeout_s={app.ready_timeout_s:g}"
     return ""
@@ -215,9 +238,12 @@ def _next_model(
     versions: dict[str, ServedVersion] = {}
     for version, served in wanted.versions.items():
         name = served.app.name
-        routed_already = version in old and old[version].app.name == name
-        enters = name not in failed and is_ready(served.app, observed.get(name, ObservedApp()))
-        if routed_already or enters:
+        seen, hopeful = observed.get(name, ObservedApp()), name not in failed
+        if version in old and old[version].app.name == name:
+            before, ready = old[version], len(seen.endpoints)
+            reached = hopeful and served.app.size.is_reached(before.app.size, ready)
+            versions[version] = served if reached else served.sized_as(before)
+        elif hopeful and is_ready(served.app, seen):
             versions[version] = served
         elif version in old:
             versions[version] = old[version]
@@ -279,6 +305,7 @@ class Change(StrEnum):
     """What an apply does to one version. HELD: nothing, as it was taken back before."""
 
     START = "start"
+    SCALE = "scale"
     REPLACE = "replace"
     UPDATE = "update"
     STOP = "stop"
@@ -320,6 +347,8 @@ def _in_place(desired: Layout, routed: Layout, given_up: Mapping[str, str]) -> L
         coming = {v: s for v, s in wanted.versions.items() if s.app.name not in given_up}
         now = models.get(name)
         versions = {**coming, **(now.versions if now else {})}
+        # A number that is on its way.
+        versions |= {v: s for v, s in coming.items() if s.app.name == versions[v].app.name}
         default = now.version if now and wanted.version not in coming else wanted.version
         if versions:
             models[name] = ServedModel(default, versions)
@@ -342,6 +371,8 @@ def _row(
         change, reason = Change.START, "failed before" if after.app.name in given_up else "new"
     elif after.app.name != before.app.name:
         change, reason = Change.REPLACE, f"changed: {', '.join(_differences(after, before))}"
+    elif str(after.app.size) != str(before.app.size):
+        change, reason = Change.SCALE, _scaled(after, before)
     elif after != before:
         change, reason = Change.UPDATE, f"changed: {', '.join(_differences(after, before))}"
     elif default and current.version != version:
@@ -349,6 +380,13 @@ def _row(
     served = after or before
     digest = served.arm.digest if served else ""
     return PlanRow(change, model, version, digest, default, reason)
+
+
+def _scaled(after: ServedVersion, before: ServedVersion) -> str:
+    reason = f"{before.app.size} -> {after.app.size} replicas"
+    others = _differences(after, before.sized_as(after))
+    others += ["scaling"] * after.app.size.follows_otherwise(before.app.size)
+    return f"{reason}; changed: {', '.join(others)}" if others else reason
 
 
 def _differences(after: ServedVersion, before: ServedVersion) -> list[str]:

@@ -216,28 +216,45 @@ def test_a_version_that_cannot_start_is_reported_and_the_old_one_serves(
     assert "cuda" in run(restored, "status", "-f", restored.file).stdout.lower()
 
 
-def test_a_setting_of_the_gateways_replaces_no_replica(restored: Deployment) -> None:
-    def pids() -> list[int]:
-        return [r["pid"] for r in restored.status()["models"][0]["versions"][0]["replicas"]]
+def pids(deployment: Deployment) -> set[int]:
+    replicas = deployment.status()["models"][0]["versions"][0]["replicas"]
+    return {r["pid"] for r in replicas if r["state"] == "ready"}
 
-    before = pids()
+
+def test_a_setting_of_the_gateways_replaces_no_replica(restored: Deployment) -> None:
+    before = pids(restored)
     done = restored.apply({"mlp": {"version": "@champion", "timeout_ms": 5000}})
     assert done.returncode == 0, done.stderr
     assert "changed: timeout_s" in done.stdout
-    assert pids() == before
+    assert pids(restored) == before
     table = restored.get(restored.control_port, "/v1/routes")
     assert table["models"][0]["arms"][0]["timeout_s"] == 5.0
 
 
-def test_replicas_of_a_version_are_replaced_without_a_failed_request(restored: Deployment) -> None:
+def test_replicas_are_added_ended_and_replaced_without_a_failed_request(
+    restored: Deployment,
+) -> None:
+    model: dict[str, Any] = {"version": "@champion"}
     with Load(restored.port, "/v2/models/mlp/infer", [body()], connections=4) as load:
         load.wait_for(100)
-        done = restored.apply({"mlp": {"version": "@champion", "replicas": 2}})
+        [first] = pids(restored)
+        done = restored.apply({"mlp": {**model, "replicas": 2}})
         assert done.returncode == 0, done.stderr
-        assert "changed: replicas" in done.stdout
+        assert "1 -> 2 replicas" in done.stdout
+        both = pids(restored)
+        assert len(both) == 2
+        assert first in both
         load.wait_for(load.count + 200)
-        done = restored.apply(CHAMPION)
+        done = restored.apply({"mlp": model})
         assert done.returncode == 0, done.stderr
+        assert "2 -> 1 replicas" in done.stdout
+        [left] = pids(restored)
+        assert left in both
+        load.wait_for(load.count + 200)
+        done = restored.apply({"mlp": {**model, "batching": {"max_size": 16}}})
+        assert done.returncode == 0, done.stderr
+        assert "changed: max_size" in done.stdout
+        assert not pids(restored) & both
         load.wait_for(load.count + 200)
     assert load.failed == {}, load.failures
     assert load.broken == []

@@ -41,8 +41,8 @@ async def rollout(controller: Controller) -> Rollout:
 def test_settings_there_and_back_are_no_restarts(world: RolloutWorld) -> None:
     async def scenario() -> None:
         controller = await observing(world, replicas=2)
-        for replicas in (3, 2):
-            await world.change(controller, "2", replicas=replicas, rollout=PATIENT)
+        for settings in ({"batching": {"max_size": 3}}, {}):
+            await world.change(controller, "2", replicas=2, rollout=PATIENT, **settings)
             await world.seconds(controller, 14)
         now = await rollout(controller)
         assert (now.state, now.restarts) == ("observing", ())
@@ -102,22 +102,22 @@ def test_who_was_seen_is_remembered_within_bounds() -> None:
     known = Replicas()
     for n in range(2000):
         current = {(f"app#{n}", 1): "app", ("app#stays", 1): "app"}
-        restarts, known = known.looked("app", current, scaled=False)
+        restarts, known = known.looked("app", current, wanted=1)
         assert restarts == (1 if n else 0)
     assert len(known.seen) < 300
-    assert known.looked("app", {("app#1990", 1): "app"}, scaled=False)[0] == 0
-    assert known.looked("other", {("other#1", 1): "other"}, scaled=False)[1] == Replicas(
+    assert known.looked("app", {("app#1990", 1): "app"}, wanted=1)[0] == 0
+    assert known.looked("other", {("other#1", 1): "other"}, wanted=1)[1] == Replicas(
         "other", (("other#1", 1),), ("other",), 1
     )
 
 
 def test_one_more_and_one_that_moved_are_no_restarts() -> None:
-    _, known = Replicas().looked("app", {("a", 1): "app.0"}, scaled=False)
-    moved, known = known.looked("app", {("a", 1): "app.0", ("b", 2): "app.1"}, scaled=False)
+    _, known = Replicas().looked("app", {("a", 1): "app.0"}, wanted=1)
+    moved, known = known.looked("app", {("a", 1): "app.0", ("b", 2): "app.1"}, wanted=1)
     assert moved == 0
-    died, known = known.looked("app", {("a", 1): "app.0", ("c", 3): "app.1"}, scaled=False)
+    died, known = known.looked("app", {("a", 1): "app.0", ("c", 3): "app.1"}, wanted=1)
     assert died == 1
-    _, grown = Replicas().looked("app", {("a", 1): "app"}, scaled=True)
-    more, grown = grown.looked("app", {("a", 1): "app", ("b", 2): "app"}, scaled=True)
+    _, grown = Replicas().looked("app", {("a", 1): "app"}, wanted=2)
+    more, grown = grown.looked("app", {("a", 1): "app", ("b", 2): "app"}, wanted=2)
     assert more == 0
-    assert grown.looked("app", {("a", 1): "app", ("c", 3): "app"}, scaled=True)[0] == 1
+    assert grown.looked("app", {("a", 1): "app", ("c", 3): "app"}, wanted=2)[0] == 1

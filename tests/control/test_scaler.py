@@ -102,7 +102,7 @@ def test_replicas_follow_the_load_in_the_same_application(
         # One application from the beginning, told of each change once.
         assert world.cluster.started == [found["app"]]
         assert world.cluster.deleted == []
-        assert [n for _, n in world.cluster.scaled] == [1, 2, 1]
+        assert [n for _, n in world.cluster.scaled] == [2, 1]
         assert controller.reconciler.settled
 
     run(scenario())
@@ -129,7 +129,7 @@ def test_new_settings_change_no_application(world: ScaledWorld) -> None:
         controller = await world.serving(scaling=SCALING)
         plan = await world.change(controller, "1", scaling={"min": 2, "max": 3})
         assert [(c["change"], c["reason"]) for c in plan["changes"]] == [
-            ("update", "changed: replicas, scaling")
+            ("scale", "1 to 4 -> 2 to 3 replicas; changed: scaling")
         ]
         await world.seconds(controller, 4)
         assert shown(controller)["ready"] == 2

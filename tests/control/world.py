@@ -34,6 +34,7 @@ class FakeCluster:
 
     Versions that are `broken` fail at their start, those that are `refused` are never started,
     those that are `silent` say nothing any more, replicas of `slow` seats are not ready yet.
+    Without seats no more than `capacity` replicas of an application ever get ready.
     `generation` counts how often replicas of a version were replaced. An application that is
     started again has replicas of new names.
     """
@@ -43,6 +44,7 @@ class FakeCluster:
     broken: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
+    capacity: int = 100
     generation: dict[str, int] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
@@ -75,7 +77,7 @@ class FakeCluster:
 
     def scale(self, counts: Mapping[str, int]) -> None:
         for name, count in counts.items():
-            assert self.apps[name].scaling is not None, f"{name} is not scaled"
+            assert not self.seats.get(name), f"{name} has seats"
             self.apps[name] = replace(self.apps[name], count=count)
             self.scaled.append((name, count))
 
@@ -111,7 +113,8 @@ class FakeCluster:
             if seats := self.seats.get(name):
                 found += [self._of_seat(app, s, state) for s in seats if s not in self.slow]
             else:
-                found += [announcement(app, first + i, state=state) for i in range(app.count)]
+                count = min(app.count, self.capacity)
+                found += [announcement(app, first + i, state=state) for i in range(count)]
         return found
 
 
