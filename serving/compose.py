@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.config import ServingConfig
-from serving.errors import ClusterError, DeviceError, first_line, operator_error
+from serving.errors import ClusterError, first_line, operator_error
 
 REPLICA_CLASS: Final = "serving.replica.deployment:ModelReplica"
 AGENT_CLASS: Final = "serving.agent.deployment:NodeAgent"
@@ -154,16 +154,9 @@ def _claim_gpus() -> int:
     They are named by UUID to Ray and whatever it starts: CUDA numbers GPUs in another order, and a
     GPU in MIG mode is as many devices as it has slices.
     """
-    from serving.agent.nvml import VISIBLE_DEVICES, Nvml
+    from serving.agent.nvml import VISIBLE_DEVICES, usable_devices
 
-    try:
-        nvml = Nvml.open()
-    except DeviceError:
-        return 0  # no driver
-    try:
-        devices = [gpu.uuid for gpu in nvml.gpus() if not gpu.divided]
-    finally:
-        nvml.close()
+    devices = usable_devices()
     if devices:
         os.environ[VISIBLE_DEVICES] = ",".join(devices)
     return len(devices)

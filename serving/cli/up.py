@@ -42,6 +42,7 @@ def run(file: Path | None, timeout_s: float) -> None:
         return
     with home.hold(config):
         preflight.check_ports(config)
+        preflight.check_devices(config)
         _check_store(config)
         _check_versions(config)
         _foreground(config, timeout_s)
