@@ -56,8 +56,6 @@ _EMBEDDED_FLAGS: Final = {
 _RUN: Final = "run"
 # 107 less "/", 8 characters of hash, "/" and "r-<16 characters>.sock".
 _RUN_DIR_LENGTH: Final = 74
-# 107 less "/", 42 characters of session name and "/sockets/plasma_store".
-_RAY_DIR_LENGTH: Final = 43
 _SHORT_TEMP: Final = Path("/tmp")
 _DELETE_S: Final = 60.0
 _CALL_TIMEOUT_S: Final = 10.0
@@ -100,27 +98,10 @@ def external_cluster() -> str | None:
     return os.environ.get("RAY_ADDRESS") or None
 
 
-def make_ray_dir() -> Path:
-    """A new directory for an embedded Ray's logs and sockets, in RAY_TMPDIR or TMPDIR.
-
-    Where that is too long for a socket's path, in /tmp. Raises `ClusterError`.
-    """
-    parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    name = "serving-ray-XXXXXXXX"
-    if len(str(parent / name)) > _RAY_DIR_LENGTH:
-        parent = _SHORT_TEMP
-    try:
-        return Path(tempfile.mkdtemp(prefix=name.rstrip("X"), dir=parent))
-    except OSError as error:
-        raise ClusterError(
-            f"no directory for Ray can be made in {parent}: {error.strerror or error}"
-        ) from error
-
-
 def start_ray(config: ServingConfig, directory: Path) -> None:
     """Start the embedded Ray and Serve on it, on loopback only. Raises `ClusterError`.
 
-    `directory` is for its logs and sockets; see `make_ray_dir`.
+    `directory` is for its logs and sockets; short enough for their paths.
     """
     prepare_environment()
     _adopt_orphans()
