@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.config import ServingConfig
-from serving.errors import ClusterError, DeviceError, first_line, operator_error
+from serving.errors import ClusterError, first_line, operator_error
 
 REPLICA_CLASS: Final = "serving.replica.deployment:ModelReplica"
 AGENT_CLASS: Final = "serving.agent.deployment:NodeAgent"
@@ -56,8 +56,6 @@ _EMBEDDED_FLAGS: Final = {
 _RUN: Final = "run"
 # 107 less "/", 8 characters of hash, "/" and "r-<16 characters>.sock".
 _RUN_DIR_LENGTH: Final = 74
-# 107 less "/", 42 characters of session name and "/sockets/plasma_store".
-_RAY_DIR_LENGTH: Final = 43
 _SHORT_TEMP: Final = Path("/tmp")
 _DELETE_S: Final = 60.0
 _CALL_TIMEOUT_S: Final = 10.0
@@ -100,27 +98,10 @@ def external_cluster() -> str | None:
     return os.environ.get("RAY_ADDRESS") or None
 
 
-def make_ray_dir() -> Path:
-    """A new directory for an embedded Ray's logs and sockets, in RAY_TMPDIR or TMPDIR.
-
-    Where that is too long for a socket's path, in /tmp. Raises `ClusterError`.
-    """
-    parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    name = "serving-ray-XXXXXXXX"
-    if len(str(parent / name)) > _RAY_DIR_LENGTH:
-        parent = _SHORT_TEMP
-    try:
-        return Path(tempfile.mkdtemp(prefix=name.rstrip("X"), dir=parent))
-    except OSError as error:
-        raise ClusterError(
-            f"no directory for Ray can be made in {parent}: {error.strerror or error}"
-        ) from error
-
-
 def start_ray(config: ServingConfig, directory: Path) -> None:
     """Start the embedded Ray and Serve on it, on loopback only. Raises `ClusterError`.
 
-    `directory` is for its logs and sockets; see `make_ray_dir`.
+    `directory` is for its logs and sockets; short enough for their paths.
     """
     prepare_environment()
     _adopt_orphans()
@@ -154,16 +135,9 @@ def _claim_gpus() -> int:
     They are named by UUID to Ray and whatever it starts: CUDA numbers GPUs in another order, and a
     GPU in MIG mode is as many devices as it has slices.
     """
-    from serving.agent.nvml import VISIBLE_DEVICES, Nvml
+    from serving.agent.nvml import VISIBLE_DEVICES, usable_devices
 
-    try:
-        nvml = Nvml.open()
-    except DeviceError:
-        return 0  # no driver
-    try:
-        devices = [gpu.uuid for gpu in nvml.gpus() if not gpu.divided]
-    finally:
-        nvml.close()
+    devices = usable_devices()
     if devices:
         os.environ[VISIBLE_DEVICES] = ",".join(devices)
     return len(devices)

@@ -38,6 +38,21 @@ _NO_THROTTLE: Final = (
 )
 
 
+def usable_devices() -> list[str]:
+    """UUIDs of this machine's devices that work can be placed on: whole GPUs and MIG slices.
+
+    Those that CUDA_VISIBLE_DEVICES allows; none without a driver. Raises `DeviceError`.
+    """
+    try:
+        nvml = Nvml.open()
+    except DeviceError:
+        return []  # no driver
+    try:
+        return [gpu.uuid for gpu in nvml.gpus() if not gpu.divided]
+    finally:
+        nvml.close()
+
+
 class _Lost(Exception):
     """The GPU does not answer any more."""
 

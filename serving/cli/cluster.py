@@ -66,7 +66,7 @@ def apply(
     config = config.model_copy(update={"home": config.home_dir})
     raw = config.model_dump(mode="json")
     if not config.models and not (dry_run or stop_all):
-        _refuse_to_stop_all(file, admin.apply(raw, dry_run=True))
+        _refuse_to_stop_all(file, admin.status())
     plan = admin.apply(raw, dry_run=dry_run, reason=reason)
     show_view(plan_table(plan))
     if dry_run:
@@ -99,10 +99,10 @@ def _rollouts(plan: dict[str, Any], *, dry_run: bool) -> list[str]:
     ]
 
 
-def _refuse_to_stop_all(file: Path, plan: dict[str, Any]) -> None:
+def _refuse_to_stop_all(file: Path, status: dict[str, Any]) -> None:
     from serving.errors import ConfigError
 
-    if stopped := sorted({row["model"] for row in plan["changes"] if row["change"] == "stop"}):
+    if stopped := sorted(m["name"] for m in status["models"] if m["wanted_version"] is not None):
         raise ConfigError(
             f"{file}: it has no models, so this would stop all that run: {', '.join(stopped)}; "
             "add models, or say --stop-all"

@@ -53,6 +53,11 @@ try:
 except DeviceError as error:
     print(json.dumps({"absent": str(error.__cause__)}))
 """
+_GPU: Final = """
+import json
+from serving.cli.preflight import missing_gpu
+print(json.dumps({"missing": missing_gpu()}))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ def examine(config: ServingConfig) -> Iterator[Finding]:
     yield torch
     yield _onnxruntime(devices)
     yield from _nvml(devices)
+    yield from _models_on_cuda(config)
     yield _open_files()
     yield from _ports(config)
     yield _disk(config.home_dir)
@@ -181,6 +187,24 @@ def _gpu(gpu: dict[str, Any]) -> Finding:
     if gpu["health"] == "failed":
         return Finding(check, "warn", fact, "Take it out of use: `serving gpus cordon`")
     return Finding(check, "ok" if gpu["health"] == "ok" else "warn", fact)
+
+
+def _models_on_cuda(config: ServingConfig) -> Iterator[Finding]:
+    from serving.cli.preflight import models_on_cuda
+
+    # On a cluster its nodes' GPUs count, which are not known here.
+    asking = [] if os.environ.get("RAY_ADDRESS") else models_on_cuda(config)
+    if not asking:
+        return
+    found, error = _child(_GPU)
+    reason = error if found is None else found["missing"]
+    for name in asking:
+        check = f"models.{name}.device"
+        if reason:
+            advice = "Set it to auto or cpu, or serve on a machine with a GPU"
+            yield Finding(check, "fail", f"cuda, but {reason}", advice)
+        else:
+            yield Finding(check, "ok", "cuda, and there is a GPU")
 
 
 def _open_files() -> Finding:

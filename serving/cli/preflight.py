@@ -1,4 +1,4 @@
-"""What `serving up` makes sure of before it starts anything: ports of its own."""
+"""What `serving up` makes sure of before it starts anything: its ports and GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from serving.config import ServingConfig
-from serving.errors import ClusterError, ConflictError
+from serving.errors import ClusterError, ConflictError, DeviceError
 
 # Ray hands out 10002 to 19999, and systems give 32768 and above to whoever asks for any port: one
 # that is chosen now and listened on seconds later would be taken in between.
@@ -125,3 +125,28 @@ def check_ports(config: ServingConfig) -> None:
                 f"port {listener.port} on {listener.host}, for {what}, cannot be used: "
                 f"{problem.fact}. {problem.advice}"
             )
+
+
+def check_devices(config: ServingConfig) -> None:
+    """Raise `DeviceError` naming the models that ask for a GPU where this machine has none."""
+    asking = models_on_cuda(config)
+    if asking and (reason := missing_gpu()):
+        keys = ", ".join(f"models.{name}.device" for name in asking)
+        raise DeviceError(f"{keys}: cuda, but {reason}; allowed on this machine: auto, cpu")
+
+
+def models_on_cuda(config: ServingConfig) -> list[str]:
+    """The models that start on a GPU or not at all."""
+    return [name for name, model in config.models.items() if model.device == "cuda"]
+
+
+def missing_gpu() -> str | None:
+    """Why no replica can have a GPU on this machine; None where one can.
+
+    NVML is asked first, as placement goes by it; where it knows of none, the driver itself, as a
+    replica does. Neither needs a runtime such as torch, which takes seconds to load.
+    """
+    from serving.agent.nvml import usable_devices
+    from serving.replica.backends.cuda import missing_cuda
+
+    return None if usable_devices() else missing_cuda()

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from serving.cli import rollout_text as words
 from serving.cli.render import grid, milliseconds, short
+from serving.core.rollout_spec import counted_by
 
 _STATE_STYLES: Final = {
     "succeeded": "green",
@@ -178,7 +179,20 @@ def _detections(plan: Plain) -> RenderableType:
         )
     shield = "stable answers what the canary fails" if plan["spec"]["shield"] else "no shield"
     about = f"as expected on average; about half of all rollouts are faster; {shield}"
-    return Group(Text(about), Text(""), table)
+    return Group(Text(about), *_by_user(plan["spec"]["assignment"]["unit"]), Text(""), table)
+
+
+def _by_user(unit: str) -> tuple[Text, ...]:
+    """What estimates leave out, where the split is by what sends several requests."""
+    if counted_by(unit) == "requests":
+        return ()
+    return (
+        Text(
+            f"split by {unit}, so errors are counted by user: estimates of errors are by request, "
+            "and hold for users with one request each",
+            style="yellow",
+        ),
+    )
 
 
 def _headline(rollout: Plain, now: float) -> tuple[Text, Text]:
@@ -223,7 +237,8 @@ def _plan_view(rollout: Plain) -> RenderableType:
 
 
 def _arms_table(rollout: Plain) -> RenderableType:
-    numbers = ("weight", "ready", "requests", "failed", "p50 ms", "p99 ms", "$/1000")
+    units = counted_by(rollout["spec"]["assignment"]["unit"])
+    numbers = ("weight", "ready", units, "failed", "p50 ms", "p99 ms", "$/1000")
     table = _grid("arm", "version", numbers=numbers)
     for name in _ARMS:
         arm = rollout["arms"][name]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import shutil
 import signal
 import sys
 import time
@@ -17,7 +16,7 @@ from types import FrameType
 from typing import Any, Final, Protocol
 
 from serving import compose
-from serving.cli import home, preflight
+from serving.cli import home, preflight, ray_dirs
 from serving.cli.client import Admin, failures
 from serving.config import ServingConfig, load_config, reachable_url
 from serving.control.layout import references
@@ -42,9 +41,12 @@ def run(file: Path | None, timeout_s: float) -> None:
         return
     with home.hold(config):
         preflight.check_ports(config)
+        preflight.check_devices(config)
         _check_store(config)
         _check_versions(config)
-        _foreground(config, timeout_s)
+        with ray_dirs.held() as ray_dir:
+            view = _foreground(config, ray_dir, timeout_s)
+        view.say("stopped")
 
 
 def _check_store(config: ServingConfig) -> None:
@@ -78,11 +80,10 @@ def _deploy_and_return(config: ServingConfig, address: str, timeout_s: float) ->
     view.ready()
 
 
-def _foreground(config: ServingConfig, timeout_s: float) -> None:
+def _foreground(config: ServingConfig, ray_dir: Path, timeout_s: float) -> _View:
     view = _View(live=sys.stdout.isatty())
     admin = Admin(reachable_url(config.control.host, config.control.port))
     deadline = time.monotonic() + timeout_s
-    ray_dir = compose.make_ray_dir()
     with _signals() as signals:
         try:
             view.say("starting Ray")
@@ -100,9 +101,7 @@ def _foreground(config: ServingConfig, timeout_s: float) -> None:
         finally:
             signals.stopping()
             _stop(view)
-    # After a failure it stays, for its logs.
-    shutil.rmtree(ray_dir, ignore_errors=True)
-    view.say("stopped")
+    return view
 
 
 class _Signals:

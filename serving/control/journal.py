@@ -8,6 +8,7 @@ from typing import Any, Final
 from serving.control.overlay import default_version
 from serving.control.records import Record
 from serving.core.rollout import CONTROLLER
+from serving.core.rollout_states import State
 from serving.core.rollout_types import Outcome, Rollout
 from serving.store.audit import AuditEntry
 
@@ -32,9 +33,9 @@ def entries(
     """The entry for one commit's change of a rollout, if it is more than new counts."""
     old, new = before.rollout if before else None, after.rollout
     action = _action(old, new)
-    # What is not a transition is the controller's own doing.
-    moved = old is None or old.state is not new.state
-    actor, reason = (new.actor if moved else CONTROLLER), new.reason
+    # What is not a transition is the controller's own doing, and so is the end of a rollback.
+    ordered = old is None or (old.state is not new.state and old.state is not State.ROLLING_BACK)
+    actor, reason = (new.actor if ordered else CONTROLLER), new.reason
     if told is not None and told.rollout == new.id:
         action, actor, reason = told.command, told.actor, told.reason
     if not action:

@@ -22,10 +22,19 @@ from serving.core.rollout_outlook import next_sentence
 from serving.core.rollout_spec import RolloutSpec
 from serving.core.rollout_types import Rollout, Snapshot
 from serving.core.urls import place
+from serving.errors import ServingError
 
 Price = Callable[[str], float | None]
 """USD an hour of a replica; None where it is not known."""
 _QUANTILES: Final = (("p50_s", 0.5), ("p99_s", 0.99))
+# What a client did wrong, gave up, or asked for beyond what there is room for.
+_NO_FAULT: Final = frozenset(
+    {
+        "success",
+        "cancelled",
+        *(e.slug for e in ServingError.__subclasses__() if e.http_status < 500),
+    }
+)
 
 
 def arms_summary(counts: Mapping[int, EpochCounts], price: Price) -> dict[str, dict[str, Any]]:
@@ -147,7 +156,7 @@ def _as_counts(totals: ArmTotals) -> ArmCountsRow:
                 upper = edges[i + 1] if i + 1 < len(edges) else edges[-1]
                 _spread(buckets, edges[min(i, len(edges) - 1)], upper, count)
     # What it failed while it was a canary was its failure, whoever answered then.
-    failed = totals.errors + totals.shielded
+    failed = sum(n for outcome, n in totals.requests.items() if outcome not in _NO_FAULT)
     return ArmCountsRow(
         requests=totals.answered + failed,
         failed=failed,

@@ -10,7 +10,8 @@ a second, and reaches its threshold after about (log(1/(w·α)) + log 12 + log s
 seconds: twelve bets share the capital, and so do the copies of the test that start at each step.
 Here the test itself is given the counts that are expected at a time, step after step, which is the
 same without the approximation of the sums. About half of all rollouts are faster. Events are taken
-to befall requests independently.
+to befall requests independently. Where users stick to their version, and count with their first
+failure, it holds for users with one request each.
 """
 
 from __future__ import annotations

@@ -115,7 +115,9 @@ def decide(rollout: Rollout, snapshot: Snapshot) -> Rollout:
         after = _judged(_arms_watched(_restarts_noted(rollout, snapshot), snapshot), snapshot)
     finding = find_event(after, snapshot)
     if finding.event is not None:
-        after = _moved(after, finding.event, snapshot.now, finding.reason, CONTROLLER)
+        # What has been taken back was so by whoever gave the order, not by its last effect.
+        actor = rollout.actor if finding.event is Event.DRAINED else CONTROLLER
+        after = _moved(after, finding.event, snapshot.now, finding.reason, actor)
     elif finding.waiting and after.waiting_since is None:
         after = replace(after, waiting_since=snapshot.now)
     elif not finding.waiting:

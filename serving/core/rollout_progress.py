@@ -96,10 +96,10 @@ def missing_evidence(rollout: Rollout, snapshot: Snapshot) -> tuple[str, ...]:
     ]
     found += [v.sentence for v in verdicts.values() if _unanswered(rollout, v)]
     compared = any(t.kind in _COMPARED_KINDS for t in analysis.triggers)
-    units = step_requests(rollout, snapshot)
-    if step.weight > 0 and compared and units < analysis.min_units:
+    answered, units = step_units(rollout, snapshot), rollout.spec.assignment.units
+    if step.weight > 0 and compared and answered < analysis.min_units:
         found.append(
-            f"version {rollout.canary} has answered {units} of the {analysis.min_units} requests "
+            f"version {rollout.canary} has answered {answered} of the {analysis.min_units} {units} "
             "that this step needs"
         )
     return tuple(found)
@@ -167,8 +167,8 @@ def pairs_compared(snapshot: Snapshot) -> int:
     return sum(c.pairs for c in snapshot.counts.values())
 
 
-def step_requests(rollout: Rollout, snapshot: Snapshot) -> int:
-    """Requests that the canary has had in the running step."""
+def step_units(rollout: Rollout, snapshot: Snapshot) -> int:
+    """Requests, or users, that the canary has had in the running step."""
     epochs = (e.epoch for e in rollout.epochs if e.step == rollout.step)
     counts = (snapshot.counts[e] for e in epochs if e in snapshot.counts)
     return sum(row.requests for c in counts for row in c.canary.values())
@@ -275,7 +275,8 @@ def _taking_back(rollout: Rollout, snapshot: Snapshot) -> Finding:
         return Finding(Event.DRAINED, rollout.reason)
     overdue = snapshot.now - rollout.entered_at >= rollout.spec.ready_timeout_s
     if overdue and rollout.state is State.ROLLING_BACK:
-        return Finding(Event.STUCK, f"{problem}; taken back because: {rollout.reason}")
+        why = f": {rollout.reason}" if rollout.reason else ""
+        return Finding(Event.STUCK, f"{problem}; taken back by {rollout.actor}{why}")
     return NOTHING
 
 

@@ -56,12 +56,25 @@ class Override:
     to: AssignedArm = "canary"
 
 
+def counted_by(unit: str) -> str:
+    """What errors are counted by where the split hashes `unit`, in the plural.
+
+    What keeps to its version across requests, by whatever name, is a user.
+    """
+    return "requests" if unit == "request" else "users"
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """What the split hashes: "request", "header:NAME", "cookie:NAME" or "parameter:NAME"."""
 
     unit: str = "request"
     overrides: tuple[Override, ...] = ()
+
+    @property
+    def units(self) -> str:
+        """What errors are counted by, in the plural."""
+        return counted_by(self.unit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,8 @@ class Approval:
 class Rollout:
     """One rollout: everything about it that survives a restart. Times are Unix seconds.
 
-    `stable` and `canary` are versions. `reason` and `actor` belong to the last transition.
+    `stable` and `canary` are versions. `reason` and `actor` belong to the last transition;
+    once it is rolled back, to the one that took it back.
     `verdicts` are of the last tick, and stay as they were once the new version is being taken back.
     `entered_at` and `step_entered_at` are moved on by what does not count as holding: a pause, an
     arm that was away.

@@ -79,12 +79,13 @@ def _verdict(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
 
 
 def _errors(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
-    """Requests that an arm failed, against stable's at the same time."""
+    """Requests, or users, that an arm failed, against stable's at the same time."""
     both = Comparison(rollout.epochs, snapshot.counts, _failures, assigned=True)
-    facts = f"canary failed {out_of(both.canary, 'requests')}, stable {out_of(both.stable)}"
-    found = _weigh([(both, _null(trigger))], rollout, "requests", facts)
+    units = rollout.spec.assignment.units
+    facts = f"canary failed {out_of(both.canary, units)}, stable {out_of(both.stable)}"
+    found = _weigh([(both, _null(trigger))], rollout, units, facts)
     watch = _watch(trigger, rollout, snapshot, lambda row: row.attempts)
-    return judge(trigger, rollout.spec.analysis, _with_bake(found, watch))
+    return judge(trigger, rollout.spec.analysis, _with_bake(found, watch, units="requests"))
 
 
 def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
@@ -241,7 +242,7 @@ def _watch(trigger: Trigger, rollout: Rollout, snapshot: Snapshot, event: Event)
     )
 
 
-def _with_bake(found: Finding, watch: Watch, events: str = "failed ") -> Finding:
+def _with_bake(found: Finding, watch: Watch, events: str = "failed ", units: str = "") -> Finding:
     """The comparison's finding, with the bake's as its smaller part."""
     replica, compared = found.alone or ("", found.log_e)
     whole = spent(compared, watch.log_e)
@@ -255,7 +256,7 @@ def _with_bake(found: Finding, watch: Watch, events: str = "failed ") -> Finding
     facts = found.facts
     if n:
         allowed = percent(watch.tolerated) if watch.tolerated < 1 else "anything, stable did little"
-        facts += f"; in the bake {events}{out_of((n, k))}, tolerated: {allowed}"
+        facts += f"; in the bake {events}{out_of((n, k), units)}, tolerated: {allowed}"
     return replace(
         found,
         log_e=log_e,

@@ -1,9 +1,8 @@
-"""Directories of an embedded Ray, and settings that it does not take."""
+"""Settings that an embedded Ray does not take, and GPUs that it counts."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,41 +12,6 @@ from serving.config import parse_config
 from serving.errors import ClusterError
 from tests.fake_nvml import FakeNvml
 from tests.fake_nvml import whole as whole_gpu
-
-SOCKET_PATH = 107
-SESSION = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-SOCKET = "12345678/r-1234567890123456.sock"
-
-
-@pytest.fixture
-def long_temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / ("long" * 20)
-    directory.mkdir()
-    monkeypatch.setenv("TMPDIR", str(directory))
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    return directory
-
-
-def test_sockets_fit_where_the_temporary_directory_is_long(long_temp: Path) -> None:
-    assert tempfile.gettempdir() == str(long_temp)
-    directory = compose.make_ray_dir()
-    try:
-        assert len(str(directory / SESSION)) <= SOCKET_PATH
-        assert directory.is_dir()
-    finally:
-        directory.rmdir()
-    prefix = compose.run_prefix(long_temp / "home", embedded=True)
-    assert len(prefix + SOCKET) <= SOCKET_PATH
-
-
-def test_a_short_temporary_directory_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    with tempfile.TemporaryDirectory(prefix="sg-", dir="/tmp") as parent:
-        monkeypatch.setenv("RAY_TMPDIR", parent)
-        assert compose.make_ray_dir().parent == Path(parent)
-        monkeypatch.setenv("RAY_TMPDIR", f"{parent}/none")
-        with pytest.raises(ClusterError, match=f"{parent}/none: No such file"):
-            compose.make_ray_dir()
 
 
 @pytest.mark.usefixtures("ray_serve")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from serving import __version__
-from serving.cli import home, up
+from serving.cli import home, preflight, up
 from serving.cli.client import Admin
 from serving.config import load_config, parse_config
 from serving.errors import ConflictError
@@ -90,6 +90,33 @@ def test_one_port_for_both(tmp_path: Path) -> None:
 def test_an_address_of_another_machine(tmp_path: Path) -> None:
     text = f"gateway: {{host: 192.0.2.1, port: {free_port()}}}\ncontrol: {{port: 0}}\n"
     assert "Set gateway.host" in fails("up", "-f", config(tmp_path, text), home=tmp_path)
+
+
+ON_CUDA = "models: {big: {device: cuda}, small: {}}\n"
+# So that a machine with GPUs has none for the command.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_up_refuses_a_model_that_asks_for_a_gpu_where_there_is_none(tmp_path: Path) -> None:
+    text = f"gateway: {{port: {free_port()}}}\ncontrol: {{port: {free_port()}}}\n{ON_CUDA}"
+    said = fails("up", "-f", config(tmp_path, text), home=tmp_path, **NO_GPU)
+    assert said.startswith("error: models.big.device: cuda, but ")
+    assert said.endswith("; allowed on this machine: auto, cpu")
+    assert "small" not in said
+
+
+@pytest.mark.usefixtures("nvml_here")
+def test_up_lets_a_model_ask_for_a_gpu_that_nvml_shows() -> None:
+    preflight.check_devices(parse_config({"models": {"big": {"device": "cuda"}}}, source="test"))
+
+
+def test_doctor_fails_a_model_that_asks_for_a_gpu_where_there_is_none(tmp_path: Path) -> None:
+    file = config(tmp_path, f"gateway: {{port: 0}}\ncontrol: {{port: 0}}\n{ON_CUDA}")
+    done = serving("doctor", "-f", file, home=tmp_path, env=NO_GPU)
+    assert done.returncode == 1
+    (line,) = (line for line in done.stdout.splitlines() if "models." in line)
+    assert line.startswith("fail  models.big.device: cuda, but ")
+    assert line.endswith("Set it to auto or cpu, or serve on a machine with a GPU")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +212,13 @@ def test_a_file_without_models_stops_nothing_unless_told_to(tmp_path: Path) -> N
         assert "--stop-all" in said
         status = Admin(f"http://127.0.0.1:{port}").status
         assert status()["apply"]["id"] == 1
+        empty = tmp_path / "empty.yaml"
+        empty.write_text("")
+        # Its other settings are the defaults, which are not those that run.
+        said = fails("apply", "-f", empty, *call[3:], home=tmp_path / "other", code=2)
+        assert f"{empty}: it has no models" in said
+        assert "stop all that run: m, n" in said
+        assert "--stop-all" in said
         dry = serving(*call, "--dry-run", home=tmp_path)
         assert dry.returncode == 0, dry.stderr
         assert dry.stdout.count("stop") == 2

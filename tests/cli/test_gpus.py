@@ -160,7 +160,9 @@ def test_no_gpu_is_said_plainly(tmp_path: Path) -> None:
 
 
 def findings(fake: FakeNvml, home: Path) -> dict[str, dict[str, Any]]:
-    done = serving("doctor", "--json", home=home, env=fake.env)
+    file = home / "serving.yaml"
+    file.write_text("models: {big: {device: cuda}}\n")
+    done = serving("doctor", "--json", "-f", file, home=home, env=fake.env)
     return {row["check"]: row for row in json.loads(done.stdout)}
 
 
@@ -172,6 +174,7 @@ def test_doctor_looks_at_every_gpu(
     fake_nvml.set("1", remapped="0 3 0 1")
     found = findings(fake_nvml, tmp_path)
     assert found["NVML"]["fact"] == "driver 580.65.06, 2 GPU(s)"
+    assert found["models.big.device"]["verdict"] == "ok"
     assert found["GPU 0"]["verdict"] == "ok"
     assert found["GPU 0"]["fact"].endswith("ok, in MIG mode: only its slices are used")
     assert f"10 GiB, {uuid}, ok" in found["MIG slice 0"]["fact"]

@@ -164,7 +164,7 @@ def test_a_killed_up_takes_what_serves_with_it(home: Path) -> None:
 @pytest.mark.parametrize(
     ("models", "words"),
     [
-        ("models: {mlp: {version: '1', device: cuda}}\n", "mlp version 1"),
+        ("models: {mlp: {version: '1', onnx: {providers: [cuda]}}}\n", "mlp version 1"),
         ("models: {tampered: {version: '1'}}\n", "model.onnx"),
     ],
 )

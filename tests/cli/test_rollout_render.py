@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console, RenderableType
 
 from serving.cli import rollout_text as words
-from serving.cli.rollout_render import WatchView, explain_view, rollouts_table, status_view
-from serving.core.rollout_spec import Webhook
+from serving.cli.rollout_render import (
+    WatchView,
+    explain_view,
+    plan_view,
+    rollouts_table,
+    status_view,
+)
+from serving.core.detect import Detection
+from serving.core.rollout_spec import Assignment, RolloutSpec, Webhook
 from serving.core.rollout_states import State
 from serving.core.rollout_types import ProviderState
 from tests.cli.stories import BEGIN, FAST, GATED, SAFE, Story
@@ -200,7 +207,33 @@ def test_what_is_taken_back_after_its_promotion_failed_there(state: str) -> None
     text = printed(explain_view(story.to_dict(), [], story.now))
     assert "✓ step 3: 50 % for 10 s" in text
     assert "✗ promote, and bake for 10 s" in text
-    assert "by controller: odd" in text
+    assert "by bob@desk: odd" in text
+
+
+def test_where_users_stick_to_their_version_it_speaks_of_users() -> None:
+    by_user = replace(FAST, assignment=Assignment("cookie:session"))
+    story = Story(by_user, rate=1.0).until("observing").pass_time(20)
+    text = printed(explain_view(story.to_dict(), [], story.now))
+    (head,) = (line for line in text.splitlines() if line.split()[:2] == ["arm", "version"])
+    assert head.split()[4:6] == ["users", "failed"]
+    assert "of the 50 users that this step needs" in text
+    found = plan_of(by_user)
+    assert "errors are counted by user: estimates of errors are by request" in printed(found)
+    assert "counted by user" not in printed(plan_of(FAST))
+
+
+def plan_of(spec: RolloutSpec) -> RenderableType:
+    found = Detection("20% of requests fail", "errors", 3.0, 0, 6.0)
+    return plan_view(
+        {
+            "model": "digits",
+            "stable": "1",
+            "canary": "2",
+            "spec": spec.to_dict(),
+            "requests_per_s": 200.0,
+            "detections": [asdict(found)],
+        }
+    )
 
 
 def test_a_dry_run_says_so() -> None:

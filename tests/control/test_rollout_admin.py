@@ -74,6 +74,10 @@ def test_a_rollout_from_start_to_end(world: RolloutWorld) -> None:
         assert (await client.get("/v1/rollouts?active=true")).json() == {"rollouts": []}
         ended = (await client.get("/v1/rollouts/m")).json()
         assert ended["arms"]["canary"]["requests"] >= canary["requests"]
+        assert (ended["actor"], ended["reason"]) == ("alice", "a test"), "who took it back"
+        *_, told, effect = (await client.get("/v1/audit?subject=m:1")).json()["entries"]
+        assert (told["actor"], told["action"]) == ("alice", "rollback")
+        assert (effect["actor"], effect["action"]) == ("controller", "rolled_back")
 
     play(world, scenario)
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from serving.control.controller import Controller
-from serving.control.rollout_views import shown
+from serving.control.rollout_views import planned, shown
+from serving.control.totals import ArmTotals
 from serving.core.gpus import XidEvent
 from serving.core.rollout_facts import IncidentKind
+from serving.core.rollout_spec import default_plan
 from serving.core.rollout_types import Outcome, Verdict
 from tests.control.gpu_site import FakeGpu, GpuWorld, model
 from tests.control.rollout_world import QUICK, RolloutWorld
@@ -177,3 +179,10 @@ def test_little_memory_left_pauses_where_the_plan_says_so(faulty: GpuWorld) -> N
         assert "of its GPU's memory free, at least 30.0 % asked for" in record.rollout.reason
 
     run(scenario())
+
+
+def test_what_clients_did_wrong_is_no_failure_of_the_version_that_a_plan_goes_by() -> None:
+    totals = ArmTotals(requests={"success": 900, "invalid_request": 900, "overloaded": 100})
+    plan = default_plan("canary")
+    found = planned("m", "1", "2", plan, requests_per_s=200.0, answers=totals, replicas=1)
+    assert "1% of requests fail" in [d["regression"] for d in found["detections"]]

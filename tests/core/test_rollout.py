@@ -267,7 +267,9 @@ def test_a_version_that_failed_answers_nothing_even_if_stable_is_lost() -> None:
     for _ in range(99):
         assert w.tick().state is State.ROLLING_BACK
     assert w.tick().state is State.ROLLBACK_FAILED
-    assert w.rollout.reason.startswith("version 1 has no ready replica; taken back because: crash")
+    assert w.rollout.reason.startswith(
+        "version 1 has no ready replica; taken back by controller: crash"
+    )
     assert w.next.startswith("Needs a person: version 1 has no ready replica")
     assert w.rollout.active
     w.stable_ready = 1

@@ -30,6 +30,7 @@ from serving.core.rollout_counts import (
 from serving.core.rollout_spec import (
     TRIGGER_KINDS,
     Analysis,
+    Assignment,
     RolloutSpec,
     Step,
     default_plan,
@@ -140,6 +141,17 @@ def test_users_that_fail_after_many_requests_fail_the_version() -> None:
     users = replace(failures(50, 25), latency=many, batch_latency=many)
     found = judged(epoch(users, failures(150, 0)))
     assert found.verdict is Outcome.FAIL
+
+
+def test_where_users_stick_to_their_version_sentences_count_users() -> None:
+    by_user = replace(rollout().spec, assignment=Assignment("header:x-user"))
+    few = judged(epoch(failures(49, 49), failures(1000, 0)), spec=by_user)
+    assert "canary failed 49 of 49 users (100.0 %), stable 0 of 1000" in few.sentence
+    assert "waits for 50 users of the canary" in few.sentence
+    bake = ArmCountsRow(20, 2, 20, 2, Histogram({60: 898}), Histogram({60: 898}))
+    seen = snapshot({1: epoch(failures(60, 0), failures(900, 0)), 2: EpochCounts({}, {"c": bake})})
+    trial = rollout(Epoch(1, 0, 0.5), Epoch(2, 4, 1.0), spec=by_user)
+    assert "in the bake failed 2 of 900 requests" in only(evaluate(trial, seen)).sentence
 
 
 def test_in_the_bake_users_are_not_held_against_users_of_a_shorter_time() -> None:

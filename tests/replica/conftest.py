@@ -95,7 +95,7 @@ class Gate:
         self.inner.close()
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 90.0) -> None:
     """Poll until `condition` holds; fail after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
