@@ -138,6 +138,8 @@ class Admin:
             raise ClusterError(f"what listens at {self.url} does not speak HTTP") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise ClusterError(_too_late(self.url, timeout_s, body)) from error
             raise ClusterError(
                 f"no controller answers at {self.url} ({reason}); start one with `serving up`, or "
                 "name it with --url, -f or SERVING_CONTROL_URL"
@@ -166,6 +168,13 @@ def _query(wanted: dict[str, Any]) -> str:
 def failures(status: dict[str, Any]) -> str:
     """One line with every version that was given up."""
     return "; ".join(f"{e['model']} version {e['version']}: {e['error']}" for e in status["errors"])
+
+
+def _too_late(url: str, timeout_s: float, body: dict[str, Any] | None) -> str:
+    sentence = f"the controller at {url} timed out: no answer in {timeout_s:.0f} s"
+    if body is None:
+        return sentence
+    return f"{sentence}. It may do what it was told all the same: see `serving status`"
 
 
 def _from_reply(url: str, error: urllib.error.HTTPError) -> OperatorError:

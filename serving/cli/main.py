@@ -108,3 +108,7 @@ def _fail_usage(error: typer.TyperException) -> None:
 def _fail(sentence: str, code: int) -> None:
     sys.stderr.write(f"error: {sentence}\n")
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -274,8 +274,10 @@ def test_nothing_runs(tmp_path: Path) -> None:
 def test_something_else_answers(tmp_path: Path, listener: int) -> None:
     """A port on which nobody ever answers is not a controller: it must not hang for ever."""
     with socket.create_connection(("127.0.0.1", listener)):
-        said = fails("status", "--url", f"http://127.0.0.1:{listener}", home=tmp_path)
-    assert "timed out" in said
+        url = f"http://127.0.0.1:{listener}"
+        assert "timed out" in fails("status", "--url", url, home=tmp_path)
+        said = fails("rollout", "abort", "m", "--url", url, "--reason", "bad", home=tmp_path)
+    assert "It may do what it was told all the same" in said
 
 
 @pytest.fixture
