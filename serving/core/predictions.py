@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.core.tensor_values import values_of
-from serving.core.types import Batch, Signature, TensorSpec
+from serving.core.types import DATATYPES, Batch, Signature, TensorSpec
 
 Codes = npt.NDArray[np.int64]
 """One prediction a row: a class, or a bin from `_BINS` on."""
@@ -57,7 +57,8 @@ class PredictionReader:
         Raises ValueError where there is no such output, or it is not of numbers.
         """
         numeric = [i for i, spec in enumerate(signature.outputs) if spec.datatype != "BYTES"]
-        self._batched = signature.batch is not Batch.NONE
+        # Whether each row of an output has a prediction of its own.
+        self.batched = signature.batch is not Batch.NONE
         if output is None:
             scored = [i for i in numeric if self._has_scores(signature.outputs[i])]
             found = (scored or numeric)[:1]
@@ -68,9 +69,11 @@ class PredictionReader:
             raise ValueError(f"the model has {what} of numbers to read a prediction from")
         self.index = found[0]
         self._datatype = signature.outputs[self.index].datatype
+        # Bytes an element.
+        self.itemsize = DATATYPES[self._datatype].itemsize
 
     def _has_scores(self, spec: TensorSpec) -> bool:
-        return len(spec.shape) > self._batched and spec.shape[-1] not in (0, 1)
+        return len(spec.shape) > self.batched and spec.shape[-1] not in (0, 1)
 
     def read(self, shape: tuple[int, ...], data: memoryview | bytes) -> Codes:
         """The predictions of every row. Of a row with several vectors, the first's counts.
@@ -80,8 +83,8 @@ class PredictionReader:
         values = values_of(self._datatype, shape, data)
         if values is None or not prod(shape):
             return np.empty(0, np.int64)
-        rows = shape[0] if self._batched else 1
-        width = shape[-1] if len(shape) > self._batched else 1
+        rows = shape[0] if self.batched else 1
+        width = shape[-1] if len(shape) > self.batched else 1
         first = values.reshape(rows, -1, width)[:, 0]
         if width > 1:
             classes: Codes = first.argmax(-1)

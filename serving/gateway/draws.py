@@ -19,50 +19,35 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from serving.gateway.trials import Draw
-
-if TYPE_CHECKING:
-    from serving.gateway.infer import Call
 
 MOST: Final = 32
 
 
 class Draws:
-    """The draws of one split."""
+    """The draws of one split. While `left` is not 0, one goes on."""
 
-    __slots__ = ("_draw", "_left", "_loop", "_point", "_random", "first")
+    __slots__ = ("_loop", "_random", "draw", "left", "point")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         # Which requests are drawn must not be guessed from others; nothing more depends on it.
         self._random = random.Random().random
-        self._point = 0.0
-        # How many more the draw may have.
-        self._left = 0
-        # The request that it began with.
-        self.first: Call | None = None
-        self._draw: Draw | None = None
+        # Where its requests lie in [0, 1).
+        self.point = 0.0
+        # How many more it may have.
+        self.left = 0
+        self.draw = Draw()
 
-    def point(self, call: Call) -> float:
-        """Where a request lies in [0, 1); it refers to its draw if it shares that with others."""
-        if self._left:
-            self._left -= 1
-            draw = self._draw
-            if draw is None:
-                draw = self._draw = Draw()
-                if self.first is not None:
-                    self.first.draw = draw
-            call.draw = draw
-            return self._point
-        self._left = MOST - 1
-        self.first, self._draw = call, None
+    def begin(self) -> None:
+        """Draw for a request, and for those that come in the same turn."""
+        self.left = MOST - 1
+        self.draw = Draw()
+        self.point = self._random()
         self._loop.call_soon(self.end)
-        self._point = point = self._random()
-        return point
 
     def end(self) -> None:
         """The next request is drawn anew."""
-        self._left = 0
-        self.first = self._draw = None
+        self.left = 0

@@ -46,11 +46,15 @@ class Observer:
     ) -> None:
         """Take in a run, of which the requests at `positions` were answered."""
         shape, data = answer.output(self._reader.index)
-        codes = self._reader.read(shape, data)
         if self._memory is None and len(positions) == len(batch):
             # All of them are counted, so whose is which does not matter.
-            trial.tally(replica).predictions.extend(codes)
+            predictions = trial.tally(replica).predictions
+            if self._reader.batched:
+                predictions.read_later(self._reader, shape, data)
+            else:
+                predictions.extend(self._reader.read(shape, data))
             return
+        codes = self._reader.read(shape, data)
         ends = list(accumulate(call.rows for call in batch))
         if len(codes) != ends[-1]:
             # A model without batch dimension gives one prediction for however many rows.

@@ -121,46 +121,48 @@ class Splitter:
         then. Where it is drawn for a canary that cannot, stable takes it. Otherwise the canary's
         counts would lack what it could not take, and stable's not.
         """
-        chosen = self._override(call) if self._overrides else None
-        if chosen is not None:
+        if self._overrides and (chosen := self._override(call)) is not None:
             self.overridden += 1
             if chosen == CANARY and self.canary.ready:
                 call.arm = self.canary
                 self.canary.admit(call)
-                return
+            else:
+                self.stable.admit(call)
+            return
+        name = call.sink.given_id if self._by_id else self._unit(call)
+        if not name:
+            # Nobody, or an empty value that all have who are nobody.
+            draws = self._draws
+            if draws.left:
+                draws.left -= 1
+            else:
+                draws.begin()
+                self._look()
+            call.draw, point = draws.draw, draws.point
+            self._spare = spare = self._spare - call.rows
         else:
-            name = call.sink.given_id if self._by_id else self._unit(call)
-            if not name:
-                # Nobody, or an empty value that all have who are nobody.
-                point = self._draws.point(call)
-                if self._draws.first is call:
-                    self._look()
-                self._spare = spare = self._spare - call.rows
+            if self._by_id:
+                # Seldom comes again, and need not be remembered.
+                point = unit_point(self._salt, name)
             else:
-                if self._by_id:
-                    # Seldom comes again, and need not be remembered.
-                    point = unit_point(self._salt, name)
-                else:
-                    unit = self._units.of(name)
-                    call.draw, point, self.sticks = unit, unit.point, True
-                spare = -1 if self.breaker.open else self.canary.spare_rows() - call.rows
-            # Most of the time there is no need for a second thought.
-            fits = (
-                spare >= 0 and call.deadline - call.arrival >= self._patience
-            ) or self._has_room(call, drawn=not name)
-            if point >= self._weight:
-                if fits:
-                    call.trial = self._stable_trial
-                if self._shadowing:
-                    self.shadow.sample(call)
-            elif fits and self.canary.ready:
-                self._send_to_canary(call, drawn=not name)
-                return
-            elif self._goes_all_the_same(call):
-                return
-            else:
-                self.diverted += 1
-        self.stable.admit(call)
+                unit = self._units.of(name)
+                call.draw, point, self.sticks = unit, unit.point, True
+            spare = -1 if self.breaker.open else self.canary.spare_rows() - call.rows
+        # Most of the time there is no need for a second thought.
+        fits = (spare >= 0 and call.deadline - call.arrival >= self._patience) or self._has_room(
+            call, drawn=not name
+        )
+        if point >= self._weight:
+            if fits:
+                call.trial = self._stable_trial
+            if self._shadowing:
+                self.shadow.sample(call)
+            self.stable.admit(call)
+        elif fits and self.canary.ready:
+            self._send_to_canary(call, drawn=not name)
+        elif not self._goes_all_the_same(call):
+            self.diverted += 1
+            self.stable.admit(call)
 
     def id_of(self, call: Call) -> Unit | None:
         """The id of a failed request, if it was drawn by that: one tried again fails once."""

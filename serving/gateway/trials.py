@@ -14,16 +14,11 @@ own and for a draw of its own.
 
 from __future__ import annotations
 
-from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from serving.core.predictions import Codes, name_of
-from serving.core.rollout_counts import LATENCY_BOUNDS
 from serving.errors import InvalidRequest, Overloaded, ServingError
+from serving.gateway.tally import Tally
 
 if TYPE_CHECKING:
     from serving.gateway.answers import BatchAnswer
@@ -33,104 +28,6 @@ if TYPE_CHECKING:
 
 STABLE: Final = "stable"
 CANARY: Final = "canary"
-_MAX_PENDING: Final = 8192
-_BOUNDS: Final = np.array(LATENCY_BOUNDS)
-
-
-class Latencies:
-    """A fine histogram of seconds; observations are put into buckets many at a time."""
-
-    __slots__ = ("_counts", "_pending")
-
-    def __init__(self) -> None:
-        self._counts = np.zeros(len(LATENCY_BOUNDS) + 1, np.int64)
-        self._pending = array("d")
-
-    def extend(self, seconds: list[float]) -> None:
-        """Add observations."""
-        self._pending.extend(seconds)
-        if len(self._pending) >= _MAX_PENDING:
-            self._settle()
-
-    def to_dict(self) -> dict[str, int]:
-        """Counts by bucket index, where there are any."""
-        self._settle()
-        (at,) = self._counts.nonzero()
-        return {str(i): int(self._counts[i]) for i in at}
-
-    def _settle(self) -> None:
-        if self._pending:
-            buckets = np.searchsorted(_BOUNDS, np.array(self._pending), side="left")
-            self._counts += np.bincount(buckets, minlength=len(self._counts))
-            self._pending = array("d")
-
-
-class Predictions:
-    """How often each was made; they are named and counted many at a time."""
-
-    __slots__ = ("_counts", "_pending", "_size")
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._pending: list[Codes] = []
-        self._size = 0
-
-    def extend(self, codes: Codes) -> None:
-        """Add predictions."""
-        self._pending.append(codes)
-        self._size += len(codes)
-        if self._size >= _MAX_PENDING:
-            self._settle()
-
-    def to_dict(self) -> dict[str, int]:
-        """Counts by name."""
-        self._settle()
-        return dict(self._counts)
-
-    def _settle(self) -> None:
-        if self._pending:
-            values, counts = np.unique(np.concatenate(self._pending), return_counts=True)
-            self._pending, self._size = [], 0
-            for value, n in zip(values.tolist(), counts.tolist(), strict=True):
-                self._counts[name_of(value)] += n
-
-
-class Tally:
-    """The counts of one replica in a trial."""
-
-    __slots__ = (
-        "batch_latency",
-        "batches",
-        "busy_ns",
-        "failed",
-        "failed_batches",
-        "labels",
-        "latency",
-        "predictions",
-        "requests",
-        "wrong",
-    )
-
-    def __init__(self) -> None:
-        self.requests = self.failed = self.batches = self.failed_batches = 0
-        self.latency, self.batch_latency = Latencies(), Latencies()
-        self.predictions = Predictions()
-        self.labels = self.wrong = 0
-        self.busy_ns = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Totals in plain JSON types."""
-        return {
-            "requests": self.requests,
-            "failed": self.failed,
-            "batches": self.batches,
-            "failed_batches": self.failed_batches,
-            "latency": self.latency.to_dict(),
-            "batch_latency": self.batch_latency.to_dict(),
-            "predictions": self.predictions.to_dict(),
-            "labels": {"n": self.labels, "k": self.wrong},
-            "busy_ns": self.busy_ns,
-        }
 
 
 class Counted:

@@ -13,7 +13,8 @@ import pytest
 from serving.core.assignment import unit_point
 from serving.core.rollout_counts import ArmCountsRow
 from serving.gateway.draws import MOST, Draws
-from serving.gateway.trials import Cluster, Counted, Draw, Tally
+from serving.gateway.tally import Tally
+from serving.gateway.trials import Cluster, Counted, Draw
 from tests.gateway.client import Client, infer
 from tests.gateway.harness import PATIENCE_S, Gateway
 from tests.gateway.models import RAISES
@@ -21,17 +22,17 @@ from tests.gateway.rollouts import SALT, Rollout, answered_by
 from tests.gateway.test_batches import callers
 
 
-class Asked:
-    """What a draw knows of a call."""
-
-    draw: object = None
-
-
-def points(draws: Draws, count: int) -> tuple[list[float], list[object]]:
-    """Where `count` requests of one turn lie, and the draws they refer to."""
-    calls = [Asked() for _ in range(count)]
-    found = [draws.point(call) for call in calls]  # type: ignore[arg-type]
-    return found, [call.draw for call in calls]
+def points(draws: Draws, count: int) -> tuple[list[float], list[Draw]]:
+    """Where `count` requests of one turn lie, and their draws, as a splitter takes them."""
+    found, shared = [], []
+    for _ in range(count):
+        if draws.left:
+            draws.left -= 1
+        else:
+            draws.begin()
+        found.append(draws.point)
+        shared.append(draws.draw)
+    return found, shared
 
 
 def test_a_turn_is_a_draw() -> None:
@@ -41,8 +42,6 @@ def test_a_turn_is_a_draw() -> None:
         for size in (1, 2, 5, MOST):
             found, shared = points(draws, size)
             assert len(set(found)) == len(set(shared)) == 1
-            # Alone there is nothing to share.
-            assert (shared[0] is None) == (size == 1)
             seen.add(found[0])
             await asyncio.sleep(0)
         assert len(seen) == 4
