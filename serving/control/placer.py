@@ -202,9 +202,7 @@ class Placer:
         have two arms that keep apart; those in `leaving` give up what they hold.
         """
         waves = claims(state, records)
-        gone = {
-            c.app.name for wave in waves for c in wave if c.app.replica.model in leaving
-        }  # fmt: skip
+        gone = {c.app.name for wave in waves for c in wave if c.app.replica.model in leaving}
         arms = {*rolling_out, *(r.rollout.model for r in records if r.live and not r.released)}
         waves = [
             [claim_of(c.app, c.replicas, arms) for c in wave if c.app.name not in gone]
@@ -254,7 +252,7 @@ class Placer:
             "uuid": device.uuid,
             "node": device.node,
             "type": device.type,
-            "memory_bytes": device.memory_bytes,
+            "memory_bytes": device.memory_bytes or None,
             "leased_bytes": held,
             "planned_bytes": planned,
             "others_bytes": device.used_by_others,
