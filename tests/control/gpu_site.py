@@ -15,7 +15,10 @@ GIB = 1 << 30
 
 @dataclass
 class FakeGpu:
-    """A GPU, which with 0 GiB reports no memory of its own. `others` are bytes that a process of somebody else has, `own` what replicas have."""
+    """A GPU, which with 0 GiB reports no memory of its own.
+
+    `others` are bytes that a process of somebody else has, `own` what replicas have.
+    """
 
     uuid: str
     gib: float = 24.0

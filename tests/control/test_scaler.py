@@ -360,7 +360,7 @@ def test_on_gpus_without_memory_of_their_own_the_number_stays_and_says_why(tmp_p
     async def scenario() -> None:
         controller = await world.serving(scaling=SCALING)
         world.gpus = [FakeGpu("GPU-a", 0)]
-        world.held = dict.fromkeys((r.endpoint.replica for r in controller.fleet.replicas()), {})
+        world.held = {r.endpoint.replica: {} for r in controller.fleet.replicas()}
         world.busy["1"] = 2.5
         await world.seconds(controller, 10)
         assert (world.wanted(controller), shown(controller)["ready"]) == (1, 1)
