@@ -172,14 +172,16 @@ class Controller:
             Needs(self.config.gpu.safety_margin, self.bundles.size),
             self.clock,
         )
+        self.placer.book.departing = lambda: self.fleet.departing(self.reconciler.leaving)
         self.scaler = Scaler(
             self.reconciler, self.fleet, self.totals, self.placer.no_room,
             clock=self.clock, tick_s=self.config.control.tick_s,
         )  # fmt: skip
         self.placer.recall(await self._in_store(self._store.memory_profiles))
         self.reconciler.seating = lambda apps: self.placer.seating(
-            apps, self.state, self.rollouts.records, self.gpus.counted_by_ray
-        )
+            apps, self.state, self.rollouts.records, self.gpus.counted_by_ray,
+            self.mover.next_number,
+        )  # fmt: skip
         self.mover = Mover(
             self.reconciler, self.placer, self.gpus, lambda: self.rollouts.records,
             store=self._store, in_store=self._in_store,

@@ -98,6 +98,14 @@ class Fleet:
             r.endpoint for r in self.of(app) if r.state == "ready" and r.seat not in leaving
         )
 
+    def departing(self, leaving: Collection[str]) -> frozenset[str]:
+        """The replicas on their way out: they drain, or are in seats that are `leaving`."""
+        return frozenset(
+            r.endpoint.replica
+            for r in self._replicas.values()
+            if r.state == "draining" or r.seat in leaving
+        )
+
     def error(self, app: str) -> str:
         """What a replica of the application said about its failed start, or an empty string."""
         return next((str(r.info.get("error")) for r in self.of(app) if r.state == "failed"), "")

@@ -164,10 +164,13 @@ def claim_of(app: AppSpec, replicas: int, rolling_out: Iterable[str]) -> Claim:
 
 
 def devices(standings: Sequence[Standing], leases: Sequence[Lease]) -> list[Device]:
-    """What can be placed on: GPUs with memory of their own, and slices in place of divided ones."""
+    """The GPUs, with slices in place of divided ones.
+
+    One that reports no memory of its own has none to place anything by: it gets nothing.
+    """
     found = []
     for s in standings:
-        if s.gpu.memory_bytes is None or s.gpu.divided:
+        if s.gpu.divided:
             continue
         own = [lease for lease in leases if lease.terms.uuid == s.gpu.uuid]
         found.append(
@@ -175,7 +178,7 @@ def devices(standings: Sequence[Standing], leases: Sequence[Lease]) -> list[Devi
                 uuid=s.gpu.uuid,
                 node=s.gpu.node,
                 type=s.gpu.name,
-                memory_bytes=s.gpu.memory_bytes,
+                memory_bytes=s.gpu.memory_bytes or 0,
                 used_by_others=used_by_others(s, own),
                 cordoned=s.cordon is not None or s.condition.health is Health.FAILED,
                 # Of one that is silent, or in doubt, nobody knows that it is well.

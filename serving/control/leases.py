@@ -4,19 +4,22 @@ A replica asks for a lease before it loads anything, and goes on asking for it w
 ask again is to renew. One that is not heard of for `EXPIRY_S` has vanished, and its share is free.
 The book is rebuilt from what replicas say, so it need not be saved.
 
+A replica that is on its way out keeps its room until it gives it back, but is none of those that
+are wanted: whoever comes in its place has a place of its own, or waits.
+
 Where replicas go is `place`'s decision, made anew from the leases each time. What runs comes first,
 so that the replacement of a lost replica finds its room: nobody is placed on it meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from serving.core.placement import Demand, Device, Placement, place
 from serving.core.replica import GpuLease
-from serving.errors import DeviceError
+from serving.errors import DeviceError, Unavailable
 
 EXPIRY_S: Final = 8.0
 """Four renewals."""
@@ -56,30 +59,51 @@ class Applicant:
 
 @dataclass
 class LeaseBook:
-    """The leases, by replica. Not thread-safe: it lives on the controller's loop."""
+    """The leases, by replica. Not thread-safe: it lives on the controller's loop.
 
+    `departing` names the replicas that are on their way out.
+    """
+
+    departing: Callable[[], Collection[str]] = frozenset
     _leases: dict[str, Lease] = field(default_factory=dict)
+    _released: dict[str, Lease] = field(default_factory=dict)
 
     @property
     def leases(self) -> list[Lease]:
         """All of them, by application and replica."""
         return sorted(self._leases.values(), key=lambda x: (x.app, x.replica))
 
+    @property
+    def released(self) -> list[Lease]:
+        """Leases that ended within about `EXPIRY_S`: their processes may still be there."""
+        return list(self._released.values())
+
     def on(self, uuid: str) -> list[Lease]:
         """The leases on a GPU."""
         return [lease for lease in self.leases if lease.terms.uuid == uuid]
 
+    def staying(self, app: str) -> list[Lease]:
+        """The leases of an application's replicas, but for those on their way out."""
+        departing = self.departing()
+        return [x for x in self.leases if x.app == app and x.replica not in departing]
+
     def plan(
-        self, devices: Sequence[Device], waves: Sequence[Wave], *, without: Iterable[str] = ()
+        self,
+        devices: Sequence[Device],
+        waves: Sequence[Wave],
+        *,
+        without: Iterable[str] = (),
+        vacated: bool = False,
     ) -> Placement:
         """Where each demand goes; the first wave chooses first. Changes nothing.
 
-        Leases of applications that no wave names still take their room, but for those `without`:
-        they are about to go.
+        Leases of applications that no wave names still take their room, and so do those of replicas
+        on their way out; but not those of applications `without`, which are about to go, and none
+        with `vacated`: as if all that is to go were gone.
         """
         gone = frozenset(without)
         devices = self._measured_by_leases(devices, waves)
-        planned: list[Demand] = self._others(waves, gone)
+        planned: list[Demand] = [] if vacated else self._others(waves, gone)
         slots: dict[str, tuple[str, ...]] = {}
         refused: dict[str, str] = {}
         for wave in waves:
@@ -100,19 +124,22 @@ class LeaseBook:
         now: float,
         unix: float,
         ceiling: Callable[[str], int | None] = lambda _: None,
+        later: Sequence[Device] = (),
     ) -> Lease:
         """Grant a share, or renew the one that the replica has.
 
         It is one that was planned for its node; where there is none, any that its node has room
-        for. `ceiling` gives the learned ceiling by type of device. Raises `DeviceError` with the
-        numbers where there is no room, or where no wave names the application.
+        for. `ceiling` gives the learned ceiling by type of device; `later` has the devices as they
+        will be without the processes of `released` leases. Raises `DeviceError` with the
+        numbers where there is no room, or where no wave names the application; `Unavailable` where
+        there will be room as soon as those are gone that are to go.
         """
         if self.renew(who.replica, now):
             return self._leases[who.replica]
         demand = next((d for wave in waves for d in wave if d.app == who.app), None)
         if demand is None:
             raise DeviceError(f"{who.app} has no claim to a GPU: it is not to run")
-        uuid = self._slot(who, demand, devices, waves)
+        uuid = self._slot(who, demand, devices, waves, later or devices)
         device = next(d for d in devices if d.uuid == uuid)
         total, most = device.memory_bytes, ceiling(device.type)
         terms = GpuLease(who.key, uuid, demand.bytes, total, most)
@@ -133,13 +160,17 @@ class LeaseBook:
 
     def release(self, replica: str) -> None:
         """A replica is done with its share."""
-        self._leases.pop(replica, None)
+        if (held := self._leases.pop(replica, None)) is not None:
+            self._released[replica] = held
 
     def expire(self, now: float) -> list[Lease]:
         """Free the shares of replicas that have vanished; which those were."""
+        self._released = {
+            r: lease for r, lease in self._released.items() if now - lease.heard_at <= EXPIRY_S
+        }
         vanished = [lease for lease in self.leases if now - lease.heard_at > EXPIRY_S]
         for lease in vanished:
-            del self._leases[lease.replica]
+            self._released[lease.replica] = replace(self._leases.pop(lease.replica), heard_at=now)
         return vanished
 
     def measured(self, app: str, need: int) -> None:
@@ -153,24 +184,24 @@ class LeaseBook:
                 self._leases[replica] = replace(lease, terms=terms, estimated=False)
 
     def _with_kept(self, demand: Demand) -> Demand:
-        held = [x.terms.uuid for x in self.leases if x.app == demand.app]
-        return replace(demand, kept=tuple(held))
+        return replace(demand, kept=tuple(x.terms.uuid for x in self.staying(demand.app)))
 
     def _measured_by_leases(self, devices: Sequence[Device], waves: Sequence[Wave]) -> list[Device]:
         """The devices, with the leases of demands taking what was granted.
 
         `place` takes a demand's bytes for them; since they were granted these may have changed.
         """
-        asked = {d.app: d.bytes for wave in waves for d in wave}
         more = dict.fromkeys((d.uuid for d in devices), 0)
-        for lease in self.leases:
-            if lease.app in asked and lease.terms.uuid in more:
-                more[lease.terms.uuid] += lease.terms.bytes - asked[lease.app]
+        for app, size in {d.app: d.bytes for wave in waves for d in wave}.items():
+            for lease in self.staying(app):
+                if lease.terms.uuid in more:
+                    more[lease.terms.uuid] += lease.terms.bytes - size
         return [replace(d, used_by_others=d.used_by_others + more[d.uuid]) for d in devices]
 
     def _others(self, waves: Sequence[Wave], gone: frozenset[str]) -> list[Demand]:
-        """The leases that no wave names, as demands that want nothing more."""
-        named = {d.app for wave in waves for d in wave} | gone
+        """The leases of none that is wanted, as demands that want nothing more."""
+        named = {d.app for wave in waves for d in wave}
+        departing = self.departing()
         return [
             Demand(
                 app=f"{lease.app} {lease.replica}",
@@ -181,11 +212,16 @@ class LeaseBook:
                 kept=(lease.terms.uuid,),
             )
             for lease in self.leases
-            if lease.app not in named
+            if lease.app not in gone and (lease.app not in named or lease.replica in departing)
         ]
 
     def _slot(
-        self, who: Applicant, demand: Demand, devices: Sequence[Device], waves: Sequence[Wave]
+        self,
+        who: Applicant,
+        demand: Demand,
+        devices: Sequence[Device],
+        waves: Sequence[Wave],
+        later: Sequence[Device],
     ) -> str:
         plan = self.plan(devices, waves)
         here = {d.uuid for d in devices if d.node == who.node}
@@ -201,9 +237,15 @@ class LeaseBook:
             if d.app != who.app
         ]
         one_more = replace(demand, replicas=len(held) + 1, kept=held)
-        near = [d for d in self._measured_by_leases(devices, waves) if d.node == who.node]
-        found = place(near, [*self._others(waves, frozenset()), *others, one_more])
-        if who.app in found.refused:
-            where = f"model {demand.model!r} version {demand.version} on node {who.node}"
+        near, then = (
+            [d for d in self._measured_by_leases(of, waves) if d.node == who.node]
+            for of in (devices, later)
+        )
+        going = self._others(waves, frozenset())
+        found = place(near, [*going, *others, one_more])
+        if who.app not in found.refused:
+            return found.slots[who.app][-1]
+        where = f"model {demand.model!r} version {demand.version} on node {who.node}"
+        if who.app in place(then, [*others, one_more]).refused:
             raise DeviceError(f"{where}: {found.refused[who.app]}")
-        return found.slots[who.app][-1]
+        raise Unavailable(f"{where}: {found.refused[who.app]}; it waits for what is to go")

@@ -23,7 +23,7 @@ from serving.control.reconcile import Blocking, Clock, Reconciler
 from serving.control.records import Record
 from serving.control.state import Cluster
 from serving.core.plan import AppSpec, Phase, is_drained
-from serving.core.seats import Moves, Seat, Stage, Taken, decide_moves, number_of, seat_name
+from serving.core.seats import Moves, Seat, Stage, Taken, decide_moves, next_number, seat_name
 from serving.store.sql import Store
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,16 @@ class Mover:
             or self._cordons() != self._known
             or any(len(there[n].seats) != app.count for n, app in self._seated().items())
         )
+
+    def next_number(self, app: str) -> int:
+        """The number of the next seat of an application.
+
+        It is higher than that of any seat that runs or leaves, or has a replica that was heard of:
+        the new one would be taken for it.
+        """
+        status = self._reconciler.apps.get(app)
+        heard = (r.seat for r in self._reconciler.fleet.of(app))
+        return next_number(app, {*(status.seats if status else ()), *self._leaving, *heard})
 
     async def step(self) -> None:
         """One step; Serve was looked at just now. Raises `StoreError` or `ClusterError`."""
@@ -202,7 +212,7 @@ class Mover:
             await self._in_cluster(self._cluster.delete, seats)
 
     async def _add(self, app: AppSpec, count: int) -> None:
-        first = 1 + max(number_of(s) for s in self._reconciler.apps[app.name].seats)
+        first = self.next_number(app.name)
         seats: tuple[Seat, ...] = self._placer.new_seats(
             app,
             range(first, first + count),

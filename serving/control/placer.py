@@ -74,6 +74,10 @@ class Placer:
         """What replicas can be placed on."""
         return devices(self._standings(), self.book.leases)
 
+    def _vacated(self) -> list[Device]:
+        """The same, without what has given its share back and may not have ended yet."""
+        return devices(self._standings(), [*self.book.leases, *self.book.released])
+
     # Where something starts.
 
     def seating(
@@ -82,11 +86,12 @@ class Placer:
         state: State,
         records: Sequence[Record],
         ray_gpus: Mapping[str, float],
+        next_number: Callable[[str], int] = lambda _: 0,
     ) -> dict[str, tuple[Seat, ...] | None]:
         """Which of `apps` may start now, by name, with the seats of those that go to GPUs.
 
         Who wants a GPU waits a little for those that were never heard of. `ray_gpus` is what Ray
-        counts, by node.
+        counts, by node; `next_number` gives the lowest number for new seats of an application.
         """
         found = self.devices()
         there_are_any = bool(found or ray_gpus)
@@ -97,7 +102,8 @@ class Placer:
             return {a.name: None for a in apps if a not in wanting}
         seats: dict[str, tuple[Seat, ...] | None] = dict.fromkeys(a.name for a in apps)
         for app in wanting:
-            numbers = range(app.count)
+            first = next_number(app.name)
+            numbers = range(first, first + app.count)
             seats[app.name] = self.new_seats(app, numbers, state, records, ray_gpus)
         return seats
 
@@ -109,11 +115,18 @@ class Placer:
         records: Sequence[Record],
         ray_gpus: Mapping[str, float],
     ) -> tuple[Seat, ...]:
-        """Seats with these numbers, on the nodes that are planned for what `app` has too few."""
+        """Seats with these numbers, on the nodes that are planned for what `app` has too few.
+
+        Where there is no room yet, it is planned as if those that leave had gone: their replicas
+        wait for it.
+        """
         found, waves = self.devices(), claims(state, records)
         need = self._needs_of(waves, found).get(app.name)
+        planned = self._planned(app, found, waves)
+        if len(planned) < len(numbers):
+            planned = self._planned(app, self._vacated(), waves, vacated=True)
         # The last ones: who is starting has yet to take the first.
-        planned = self._planned(app, found, waves)[-len(numbers) :]
+        planned = planned[-len(numbers) :]
         on_node = Counter(d.node for d in found)
         return tuple(
             seat_on(device, number, need, ray_gpus.get(device.node), on_node[device.node])
@@ -128,10 +141,16 @@ class Placer:
         return frozenset(device.node for device in planned)
 
     def _planned(
-        self, app: AppSpec, found: Sequence[Device], waves: Sequence[Sequence[Claim]]
+        self,
+        app: AppSpec,
+        found: Sequence[Device],
+        waves: Sequence[Sequence[Claim]],
+        *,
+        vacated: bool = False,
     ) -> list[Device]:
-        placed = self.book.plan(found, self._demands(waves, self._needs_of(waves, found)))
-        held = sum(lease.app == app.name for lease in self.book.leases)
+        demands = self._demands(waves, self._needs_of(waves, found))
+        placed = self.book.plan(found, demands, vacated=vacated)
+        held = len(self.book.staying(app.name))
         by_uuid = {d.uuid: d for d in found}
         return [by_uuid[uuid] for uuid in placed.slots.get(app.name, ())[held:]]
 
@@ -184,9 +203,7 @@ class Placer:
         `leaving` give up what they hold.
         """
         waves = claims(state, records)
-        gone = {
-            c.app.name for wave in waves for c in wave if c.app.replica.model in leaving
-        }  # fmt: skip
+        gone = {c.app.name for wave in waves for c in wave if c.app.replica.model in leaving}
         arms = {*rolling_out, *(r.rollout.model for r in records if r.live and not r.released)}
         known = {c.app.name: c.replicas for wave in waves for c in wave if c.app.name not in gone}
         asked = {a.name: state.asked(a) for a in new}
@@ -235,7 +252,7 @@ class Placer:
     ) -> dict[str, Any]:
         leased = [x for x in self.book.on(device.uuid) if x.app not in gone]
         planned = sum(
-            needs[app].bytes * max(0, slots.count(device.uuid) - sum(x.app == app for x in leased))
+            needs[app].bytes * slots[len(self.book.staying(app)) :].count(device.uuid)
             for app, slots in placed.slots.items()
         )
         held = sum(x.terms.bytes for x in leased)
@@ -243,7 +260,7 @@ class Placer:
             "uuid": device.uuid,
             "node": device.node,
             "type": device.type,
-            "memory_bytes": device.memory_bytes,
+            "memory_bytes": device.memory_bytes or None,
             "leased_bytes": held,
             "planned_bytes": planned,
             "others_bytes": device.used_by_others,
@@ -255,7 +272,7 @@ class Placer:
 
     def _row(self, claim: Claim, need: Need | None, placed: Placement, new: bool) -> dict[str, Any]:
         app = claim.app
-        leases = [x for x in self.book.leases if x.app == app.name]
+        leases = self.book.staying(app.name)
         slots = placed.slots.get(app.name, ())
         return {
             "app": app.name,
@@ -308,6 +325,7 @@ class Placer:
             now=self._clock.monotonic(),
             unix=self._clock.unix(),
             ceiling=lambda device_type: self._needs.ceiling(spec.replica.digest, device_type),
+            later=self._vacated(),
         )
         return lease.terms
 

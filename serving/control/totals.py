@@ -2,13 +2,15 @@
 
 A gateway reports its totals since its start, so the deployment's total is the sum over every
 gateway instance that ever lived: the last report of each. Instances that were silent for minutes
-are folded into one row once there are many. One of them that reports again lives: what it counts
-from then on is added.
+are folded into one row once there are many. One of them that reports again lives: what it counted
+since its last report is added. Of the last `MAX_INSTANCES` that were folded nothing is lost; one
+that was folded before them counts from its next report on, which is logged.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,12 +25,16 @@ HISTOGRAMS: Final = ("latency", "gateway", "queue", "compute")
 BATCH_SIZE: Final = "batch_size"
 BASE: Final = "past"
 MAX_INSTANCES: Final = 64
+MAX_NAMES: Final = 1024
+"""So many that were folded are known by name."""
 LIVE_TICKS: Final = 5
 SILENCE_S: Final = 300.0
 """Who was silent for less is not folded, however many there are."""
 _RATE_STEP_S: Final = 5.0
 _RATE_STEPS: Final = 12
 
+
+log = logging.getLogger(__name__)
 
 ArmKey = tuple[str, str]
 """(model, version)"""
@@ -140,7 +146,7 @@ class Totals:
     def __init__(self, stored: Mapping[str, Mapping[str, Any]], now: float = 0.0) -> None:
         self._began = now
         self._base: Mapping[str, Any] = stored.get(BASE) or {"folded": []}
-        # By instance: the first report of one that had been folded, which counts as folded too.
+        # By instance: the report of one that was folded up to which the base has what it counted.
         self._late: dict[str, Mapping[str, Any]] = dict(self._base.get("late", {}))
         self._rows = {k: v for k, v in stored.items() if k != BASE}
         self._saved = {k: _counts(v) for k, v in self._rows.items()}
@@ -148,7 +154,7 @@ class Totals:
         self._noted: deque[tuple[float, Counter[str]]] = deque(maxlen=_RATE_STEPS + 1)
         self.trials = Trials()
         for instance, row in stored.items():
-            self.trials.take(instance, row.get("rollouts", {}))
+            self.trials.take(instance, row.get("rollouts", {}), self._counted(instance))
 
     def report(self, payload: Mapping[str, Any], now: float) -> bool:
         """Take a report; whether a local breaker has opened since this gateway's last one.
@@ -158,13 +164,31 @@ class Totals:
         instance = instance_of(payload)
         for row in payload["models"]:
             ArmTotals().add(row, payload["bounds"])
-        if instance in self._late or instance in self._base["folded"]:
-            payload = since(payload, self._late.setdefault(instance, payload))
-        before = self._rows.get(instance, {}).get("rollouts", {})
+        if instance in self._base["folded"] and instance not in self._late:
+            log.warning(
+                "gateway %s was taken for gone: what it counted until now, after its last report "
+                "before, is not counted",
+                instance,
+            )
+            self._late[instance] = payload
+        earlier = self._late.get(instance, {})
+        # What cannot be compared is malformed, and found out now.
+        since(payload, earlier)
+        before = self._rows.get(instance, earlier).get("rollouts", {})
         rollouts = self.trials.carried(before, payload.get("rollouts", {}))
         self._rows[instance] = {**payload, "rollouts": rollouts}
         self._heard[instance] = now
-        return self.trials.take(instance, rollouts)
+        return self.trials.take(instance, rollouts, self._counted(instance))
+
+    def _counted(self, instance: str) -> Mapping[str, Any] | None:
+        """What the base has of an instance's counts for rollouts."""
+        earlier = self._late.get(instance)
+        return None if earlier is None else earlier.get("rollouts", {})
+
+    def _own(self, instance: str) -> Mapping[str, Any]:
+        """An instance's last report, without what the base has of it."""
+        row, earlier = self._rows[instance], self._late.get(instance)
+        return row if earlier is None else since(row, earlier)
 
     @property
     def unheard(self) -> bool:
@@ -203,7 +227,8 @@ class Totals:
         """Totals by (model, version); gauges are added for `live` instances only."""
         arms: dict[ArmKey, ArmTotals] = {}
         current = set(live)
-        for instance, row in (*self._rows.items(), (BASE, self._base)):
+        own = ((instance, self._own(instance)) for instance in self._rows)
+        for instance, row in (*own, (BASE, self._base)):
             for m in row.get("models", ()):
                 arm = arms.setdefault((m["model"], m["version"]), ArmTotals())
                 arm.add(m, row["bounds"])
@@ -217,7 +242,7 @@ class Totals:
     def unrouted(self) -> Counter[str]:
         """Requests for which no model was found, by error slug."""
         found: Counter[str] = Counter()
-        for row in (*self._rows.values(), self._base):
+        for row in (*map(self._own, self._rows), self._base):
             found.update(row.get("unrouted", {}))
         return found
 
@@ -255,8 +280,8 @@ class Totals:
         return silent[: max(0, len(silent) - MAX_INSTANCES)]
 
     def folded(self, instances: Sequence[str]) -> dict[str, Any]:
-        """The base row with `instances` added, and their names: no later report repeats them."""
-        rows = [self._base, *(self._rows[i] for i in instances)]
+        """The base row with `instances` added, and their reports: no later one repeats them."""
+        rows = [self._base, *map(self._own, instances)]
         past: dict[ArmKey, ArmTotals] = {}
         unrouted: Counter[str] = Counter()
         bounds: Mapping[str, Sequence[float]] = {}
@@ -265,16 +290,24 @@ class Totals:
             unrouted.update(row.get("unrouted", {}))
             for m in row.get("models", ()):
                 past.setdefault((m["model"], m["version"]), ArmTotals()).add(m, row["bounds"])
-        names = [*self._base["folded"], *instances][-MAX_INSTANCES:]
+        names = dict.fromkeys((*self._base["folded"], *instances))
         models = [arm.to_row(*key) for key, arm in past.items()]
         return {
-            "folded": names,
-            "late": {i: row for i, row in self._late.items() if i not in instances},
+            "folded": list(names)[-MAX_NAMES:],
+            "late": self._late_after(instances),
             "models": models,
             "bounds": dict(bounds),
             "unrouted": dict(unrouted),
             "rollouts": self.trials.folded([BASE, *instances]),
         }
+
+    def _late_after(self, instances: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+        """`_late` once `instances` are folded: those that live, and the last that do not."""
+        others = {i: row for i, row in self._late.items() if i not in instances}
+        living = {i: row for i, row in others.items() if i in self._rows}
+        gone = {i: row for i, row in others.items() if i not in living}
+        gone |= {i: self._rows[i] for i in instances}
+        return {**living, **dict(list(gone.items())[-MAX_INSTANCES:])}
 
     def fold(self, base: Mapping[str, Any], instances: Iterable[str]) -> None:
         """`base`, which holds `instances`, is in the store."""
@@ -285,7 +318,7 @@ class Totals:
             del self._rows[instance]
             self._saved.pop(instance, None)
             self._heard.pop(instance, None)
-            self._late.pop(instance, None)
+        self._late = dict(base["late"])
 
 
 def instance_of(payload: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from serving.control.late import counted_since
 from serving.core.rollout_counts import Breakers, EpochCounts, add_up
 
 log = logging.getLogger(__name__)
@@ -29,11 +30,17 @@ class Trials:
         self._counts: dict[str, Counts] = {}
         self._splits: dict[str, list[dict[str, Any]]] = {}
 
-    def take(self, instance: str, rows: Plain) -> bool:
-        """Replace an instance's counts; whether a breaker has opened since its last report."""
+    def take(self, instance: str, rows: Plain, counted: Plain | None = None) -> bool:
+        """Replace an instance's counts; whether a breaker has opened since its last report.
+
+        What it had `counted` before is in another instance's counts already.
+        """
         before = self._opened(instance)
-        self._counts[instance] = _parsed(instance, rows)
-        self._splits[instance] = _splits(instance, rows)
+        found, splits = _parsed(instance, rows), _splits(instance, rows)
+        if counted is not None:
+            found = counted_since(found, _parsed(instance, counted))
+            splits = _splits_since(splits, _splits(instance, counted))
+        self._counts[instance], self._splits[instance] = found, splits
         return self._opened(instance) > before
 
     def drop(self, instance: str) -> None:
@@ -150,6 +157,15 @@ def _splits(instance: str, rows: Plain) -> list[dict[str, Any]]:
         state = "open" if breaker.open else "closed"
         splits.append({"rollout": rollout, "breaker": state, "opened": breaker.opened, **informing})
     return splits
+
+
+def _splits_since(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    known = {row["rollout"]: row for row in before}
+    counts = ("opened", *_INFORMING)
+    return [
+        {**row, **{n: max(0, row[n] - known.get(row["rollout"], {}).get(n, 0)) for n in counts}}
+        for row in now
+    ]
 
 
 def _add(total: Counts, more: Counts) -> None:

@@ -28,7 +28,8 @@ from serving.core.packing import Bin, Group, pack
 class Device:
     """A GPU, or a slice of one, that replicas can be placed on.
 
-    `used_by_others` is memory that neither a lease nor anything of ours accounts for.
+    `used_by_others` is memory that neither a lease nor anything of ours accounts for. One of which
+    nobody knows how much memory it has, as where it shares the machine's, has 0 `memory_bytes`.
     """
 
     uuid: str
@@ -154,6 +155,13 @@ def refusal(demand: Demand, devices: Sequence[Device], free: Mapping[str, int]) 
     if not right:
         have = ", ".join(sorted({d.type for d in devices}))
         return f"{needs}; there is none of that type: {have}"
+    unknown = [d.uuid for d in right if not d.memory_bytes]
+    right = [d for d in right if d.memory_bytes]
+    if not right:
+        few = (
+            "reports no memory of its own" if len(unknown) == 1 else "report no memory of their own"
+        )
+        return f"{needs}; {', '.join(unknown)} {few} to place it by"
     open_ = [d for d in right if not d.cordoned]
     if not open_:
         return f"{needs}; every GPU for it is cordoned: {', '.join(d.uuid for d in right)}"

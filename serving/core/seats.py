@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -46,6 +46,14 @@ def app_of(name: str) -> str:
 def number_of(seat: str) -> int:
     """A seat's number."""
     return int(seat.rpartition(".")[2])
+
+
+def next_number(app: str, seats: Iterable[str]) -> int:
+    """The number of an application's next seat, which none of `seats` has or had.
+
+    Names of other applications, and the application's own, are no seats of it.
+    """
+    return 1 + max((number_of(s) for s in seats if s != app and app_of(s) == app), default=-1)
 
 
 def ray_share(

@@ -15,7 +15,10 @@ GIB = 1 << 30
 
 @dataclass
 class FakeGpu:
-    """A GPU. `others` are bytes that a process of somebody else has, `own` what replicas have."""
+    """A GPU, which with 0 GiB reports no memory of its own.
+
+    `others` are bytes that a process of somebody else has, `own` what replicas have.
+    """
 
     uuid: str
     gib: float = 24.0
@@ -33,17 +36,19 @@ class FakeGpu:
             node=self.node,
             index=0,
             name=self.name,
-            memory_bytes=int(self.gib * GIB),
+            memory_bytes=int(self.gib * GIB) or None,
             mig_parent=self.mig_parent,
             divided=self.divided,
         )
         # Every replica of this world has process 1.
         both = (GpuProcess(9999, self.others), GpuProcess(1, self.own))
         processes = tuple(p for p in both if p.memory_bytes)
-        used = float(self.others + self.own)
+        used = float(self.others + self.own) if self.gib else None
+        reserved = None if used is None else 0.0
         return gpu, GpuSample(
-            0.0, memory_used=used, memory_reserved=0.0, throttle=self.throttle, processes=processes
-        )
+            0.0, memory_used=used, memory_reserved=reserved,
+            throttle=self.throttle, processes=processes,
+        )  # fmt: skip
 
 
 @dataclass

@@ -60,7 +60,9 @@ def test_what_others_use(seen, own, others):
 
 
 def test_what_can_be_placed_on():
-    assert devices([standing(divided=True), standing(memory_bytes=None)], []) == []
+    assert devices([standing(divided=True)], []) == []
+    (shared,) = devices([standing(memory_bytes=None)], [])
+    assert shared.memory_bytes == 0, "there, with no room for anything"
     (silent,) = devices([standing(sample=False)], [])
     assert silent.throttled, "nobody knows that it is well"
     assert not silent.cordoned

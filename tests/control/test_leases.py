@@ -9,7 +9,7 @@ import pytest
 from serving.control.leases import EXPIRY_S, Applicant, Lease, LeaseBook
 from serving.core.placement import Demand, Device
 from serving.core.replica import GpuLease
-from serving.errors import DeviceError
+from serving.errors import DeviceError, Unavailable
 
 GIB = 1 << 30
 
@@ -36,11 +36,13 @@ class Desk:
     def __init__(self, devices, *waves) -> None:
         self.book, self.devices, self.waves, self.now = LeaseBook(), devices, waves, 0.0
 
-    def ask(self, app: str, number: int = 0, node: str = "n1", estimated: bool = False) -> Lease:
+    def ask(
+        self, app: str, number: int = 0, node: str = "n1", estimated: bool = False, later=()
+    ) -> Lease:
         who = Applicant(app, f"{app}#{number}", node, 100 + number, f"lease {app} {number}")
         return self.book.lease(
             who, self.devices, self.waves, estimated=estimated, now=self.now, unix=self.now,
-            ceiling=lambda kind: {"L4": 16}.get(kind),
+            ceiling=lambda kind: {"L4": 16}.get(kind), later=later,
         )  # fmt: skip
 
 
@@ -70,6 +72,33 @@ def test_who_vanished_frees_its_share():
     desk.now = EXPIRY_S + 1
     assert [x.replica for x in desk.book.expire(desk.now)] == ["x#0"]
     assert desk.ask("x", 1).terms.uuid == "GPU-a"
+
+
+def test_who_is_on_its_way_out_keeps_its_room_and_counts_for_none():
+    desk = Desk([gpu("a", 12), gpu("b", 12)], [demand("x", 10)])
+    first = desk.ask("x").terms.uuid
+    desk.book.departing = lambda: {"x#0"}
+    second = desk.ask("x", 1).terms.uuid
+    assert {first, second} == {"GPU-a", "GPU-b"}
+    desk.waves = ([demand("x", 10, 2)],)
+    with pytest.raises(Unavailable, match=r"largest free is 2.0 GiB on GPU-a; it waits for what"):
+        desk.ask("x", 2)
+    desk.book.release("x#0")
+    assert desk.ask("x", 2).terms.uuid == first
+
+
+def test_who_gave_its_share_back_is_waited_for_no_longer_than_its_lease_would_have_lasted():
+    desk = Desk([gpu("a", 12)], [demand("x", 10)])
+    desk.ask("x")
+    desk.book.release("x#0")
+    assert [x.replica for x in desk.book.released] == ["x#0"]
+    desk.devices, later = [gpu("a", 12, used_by_others=10 * GIB)], desk.devices
+    with pytest.raises(Unavailable, match="it waits for what is to go"):
+        desk.ask("x", 1, later=later)
+    desk.book.expire(EXPIRY_S + 1)
+    assert desk.book.released == []
+    with pytest.raises(DeviceError, match=r"the largest free is 2.0 GiB on GPU-a$"):
+        desk.ask("x", 1)
 
 
 def test_who_is_done_frees_its_share_at_once():

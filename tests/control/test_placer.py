@@ -298,3 +298,49 @@ def test_a_replica_waits_until_the_gpus_are_known(world: GpuWorld) -> None:
             controller.lease_gpu(app, "another", "node", 7)
 
     run(scenario())
+
+
+@pytest.mark.parametrize("wants", [{}, {"device": "cuda"}, {"gpu_memory_bytes": 1 << 30}])
+def test_a_gpu_without_memory_of_its_own_gets_nothing_and_says_so(
+    world: GpuWorld, wants: dict[str, Any]
+) -> None:
+    async def scenario() -> None:
+        world.gpus = [FakeGpu("GPU-a", 0)]
+        controller = await world.begin({"c": {"version": "1", "device": "cpu"}})
+        with pytest.raises(ConflictError) as refused:
+            await world.apply(controller, {"m": {"version": "1", **wants}})
+        assert "; GPU-a reports no memory of its own to place it by; nothing was" in str(
+            refused.value
+        )
+        assert str(refused.value).endswith("or set device: cpu")
+        gpu = shown(controller.plan(), "GPU-a")
+        assert (gpu["memory_bytes"], gpu["free_bytes"]) == (None, 0)
+
+    run(scenario())
+
+
+def test_beside_a_gpu_without_memory_of_its_own_others_are_used(world: GpuWorld) -> None:
+    async def scenario() -> None:
+        world.gpus = [FakeGpu("GPU-a", 0), FakeGpu("GPU-b")]
+        controller = await world.begin({"m": model("1", 20)})
+        assert where(controller.plan()) == {("m", "1"): ["GPU-b"]}
+        asked = {"m": model("1", 20), "n": model("1", 20)}
+        with pytest.raises(ConflictError, match=r"the largest free is 4.0 GiB on GPU-b; nothing"):
+            await world.apply(controller, asked)
+
+    run(scenario())
+
+
+def test_what_ran_before_all_gpus_were_without_memory_of_their_own_says_why(
+    world: GpuWorld,
+) -> None:
+    async def scenario() -> None:
+        world.gpus = []
+        controller = await world.begin({"m": model("1", 20)})
+        world.gpus = [FakeGpu("GPU-a", 0), FakeGpu("GPU-b", 0)]
+        await world.measure(controller)
+        [app] = names(controller)
+        with pytest.raises(DeviceError, match="GPU-a, GPU-b report no memory of their own"):
+            controller.lease_gpu(app, "another", "node", 7)
+
+    run(scenario())

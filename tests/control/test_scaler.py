@@ -352,3 +352,20 @@ def test_a_fixed_number_stays_fixed(world: ScaledWorld) -> None:
         assert world.cluster.scaled == []
 
     run(scenario())
+
+
+def test_on_gpus_without_memory_of_their_own_the_number_stays_and_says_why(tmp_path: Path) -> None:
+    world = ScaledWorld(tmp_path)
+
+    async def scenario() -> None:
+        controller = await world.serving(scaling=SCALING)
+        world.gpus = [FakeGpu("GPU-a", 0)]
+        world.held = {r.endpoint.replica: {} for r in controller.fleet.replicas()}
+        world.busy["1"] = 2.5
+        await world.seconds(controller, 10)
+        assert (world.wanted(controller), shown(controller)["ready"]) == (1, 1)
+        reason = shown(controller)["scaling"]["reason"]
+        assert reason.endswith("; GPU-a reports no memory of its own to place it by")
+        assert "no room for 2: needs" in reason
+
+    run(scenario())

@@ -138,8 +138,8 @@ def test_a_gateway_that_was_taken_for_gone_is_heard_again_and_repeats_nothing() 
     assert fold(totals, 400.0) == ["g@1.0"]
     report(12, 1, 401.0)
     assert totals.live(401.0, 1.0) == ["g@1.0"]
-    assert totals.sum()["m", "1"].requests == {"success": 10 + MAX_INSTANCES}
-    report(17, 4, 402.0)
+    assert totals.sum()["m", "1"].requests == {"success": 12 + MAX_INSTANCES}
+    report(15, 4, 402.0)
 
     def check(totals: Totals) -> None:
         total = totals.sum()["m", "1"]
@@ -157,10 +157,75 @@ def test_a_gateway_that_was_taken_for_gone_is_heard_again_and_repeats_nothing() 
     totals = Totals(json.loads(json.dumps(unsaved)), 500.0)
     totals.trials.live = {"m:1"}
     check(totals)
-    report(17, 4, 501.0)
+    report(15, 4, 501.0)
     check(totals)
     totals.fold(totals.folded(["g@1.0"]), ["g@1.0"])
     check(totals)
+
+
+def test_what_fails_late_is_counted_although_it_began_before_its_gateway_was_taken_for_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    totals = Totals({})
+    totals.trials.live = {"m:1"}
+
+    def report(failed: int, now: float) -> None:
+        rows = [model_row("1", 10 - failed, requests={"success": 10 - failed, "timeout": failed})]
+        totals.report(gateway_report("g", 5, rows, rollouts=counted(10, failed)), now)
+
+    report(1, 0.0)
+    silent_ones(totals, MAX_INSTANCES, 1.0)
+    past = totals.excess(400.0)
+    base = json.loads(json.dumps(totals.folded(past)))
+    totals.fold(base, past)
+    report(3, 401.0)
+
+    def check(totals: Totals) -> None:
+        row = totals.trials.counts("m:1")[1].canary["r"]
+        assert (row.requests, row.failed) == (10, 3)
+        assert totals.sum()["m", "1"].requests["timeout"] == 3
+
+    check(totals)
+    totals = Totals({BASE: base, **json.loads(json.dumps(totals.unsaved()))}, 500.0)
+    totals.trials.live = {"m:1"}
+    check(totals)
+    totals.fold(totals.folded(["g@1.0"]), ["g@1.0"])
+    check(totals)
+    report(3, 600.0)
+    check(totals)
+    assert caplog.text == ""
+
+
+def test_of_one_that_was_folded_long_ago_what_is_lost_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    totals = Totals({})
+    totals.report(gateway_report("g", models=[model_row("1", 10)]), 0.0)
+    for now in (1.0, 1000.0, 2000.0):
+        for n in range(MAX_INSTANCES):
+            report = gateway_report(f"{now}-{n}", models=[model_row("1", 1)])
+            totals.report(report, now)
+        fold(totals, now + 400.0)
+    before = totals_of(totals)["m", "1"]["success"]
+    totals.report(gateway_report("g", models=[model_row("1", 13)]), 3000.0)
+    assert totals_of(totals)["m", "1"]["success"] == before
+    assert "gateway g@1.0 was taken for gone: what it counted until now" in caplog.text
+    totals.report(gateway_report("g", models=[model_row("1", 15)]), 3001.0)
+    assert totals_of(totals)["m", "1"]["success"] == before + 2
+
+
+def test_a_late_report_that_cannot_be_compared_raises_and_counts_nothing() -> None:
+    totals = Totals({})
+    totals.report(gateway_report("g", models=[model_row("1", 10)]), 0.0)
+    silent_ones(totals, MAX_INSTANCES, 1.0)
+    fold(totals, 400.0)
+    other = model_row("1", 11)
+    bounds = {"seconds": [0.001], "rows": [1]}
+    for name in ("latency", "gateway", "queue", "compute", "batch_size"):
+        other[name] = {"counts": [11, 0], "sum": 1.0}
+    with pytest.raises(ValueError, match="zip"):
+        totals.report(gateway_report("g", models=[other], bounds=bounds), 401.0)
+    assert totals_of(totals) == {("m", "1"): {"success": 10 + MAX_INSTANCES}}
 
 
 def test_a_malformed_row_of_a_gateway_that_is_gone_is_left_out(

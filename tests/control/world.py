@@ -34,9 +34,9 @@ class FakeCluster:
 
     Versions that are `broken` fail at their start, those that are `refused` are never started,
     those that are `silent` say nothing any more, replicas of `slow` seats are not ready yet.
-    Without seats no more than `capacity` replicas of an application ever get ready.
-    `generation` counts how often replicas of a version were replaced. An application that is
-    started again has replicas of new names.
+    Those of `mute` seats end without a word. Without seats no more than `capacity` replicas of an
+    application ever get ready. `generation` counts how often replicas of a version were replaced.
+    An application that is started again has replicas of new names.
     """
 
     apps: dict[str, AppSpec] = field(default_factory=dict)
@@ -52,6 +52,7 @@ class FakeCluster:
     now: float = 1000.0
     seats: dict[str, dict[str, Seat]] = field(default_factory=dict)
     slow: set[str] = field(default_factory=set)
+    mute: set[str] = field(default_factory=set)
     ended: list[dict[str, Any]] = field(default_factory=list)
 
     def observe(self) -> dict[str, AppStatus]:
@@ -87,7 +88,8 @@ class FakeCluster:
             if app == name:
                 self.phases.pop(name, None)
             elif self.seats[app].pop(name, None) is not None:
-                self.ended.append(self._of_seat(self.apps[app], name, "draining"))
+                if name not in self.mute:
+                    self.ended.append(self._of_seat(self.apps[app], name, "draining"))
                 if not self.seats[app]:
                     del self.phases[app]
             self.deleted.append(name)

@@ -14,6 +14,7 @@ from serving.core.seats import (
     Taken,
     app_of,
     decide_moves,
+    next_number,
     number_of,
     ray_share,
     seat_name,
@@ -46,6 +47,12 @@ def test_names() -> None:
     name = seat_name("model-m.x-v1-0123abcd", 12)
     assert (app_of(name), number_of(name)) == ("model-m.x-v1-0123abcd", 12)
     assert app_of("model-m-v1-0123abcd") == "model-m-v1-0123abcd"
+
+
+def test_a_new_seat_has_a_number_that_no_other_seat_has_or_had() -> None:
+    assert next_number("m", ()) == 0
+    assert next_number("m", {"m.9", "m.10", "m"}) == 11
+    assert next_number("m.x", {"m.x", "m.12", "m.x.3"}) == 4, "others' seats are none of its own"
 
 
 def test_where_nothing_is_cordoned_nothing_moves() -> None:
