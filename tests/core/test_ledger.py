@@ -50,7 +50,8 @@ def schedule(draw: random.Random, size: int) -> list[Step]:
         )
 
     makers: list[tuple[int, Callable[[], Step]]] = [
-        (2 * _OFTEN, run),
+        (_OFTEN, run),
+        (_OFTEN, lambda: ("together", [run() for _ in range(draw.randint(2, 6))])),
         (_OFTEN, lambda: ("announce", draw.randint(0, 7), delivery())),
         (_OFTEN, lambda: ("report", draw.randint(0, 2), delivery())),
         (3, lambda: ("deliver",)),
@@ -142,6 +143,16 @@ class Story:
         if name is not None and self.world.replicas[name].warmup is not None:
             run_rows = rows if us % 2 else 32
             self.world.run(name, gateway, us=us, rows=rows, run_rows=run_rows, what=what)
+
+    def _together(self, runs: list[Step]) -> None:
+        """Runs that overlap, on replicas that may share a GPU; one replica runs one at a time."""
+        began, ended = self.world.now, dict[str | None, int]()
+        for _, pick, *what in runs:
+            name = self._alive(pick)
+            self.world.now = ended.get(name, began)
+            self._run(pick, *what)
+            ended[name] = self.world.now
+        self.world.now = max(ended.values())
 
     def _wait(self, ns: int) -> None:
         self.world.now += ns
