@@ -40,7 +40,7 @@ T = TypeVar("T")
 NODE = "node-1"
 DIGEST = "sha256:" + "0" * 64
 # Long enough for a loaded machine; a condition that holds ends the wait at once.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def eventually(condition: Callable[[], T], what: str = "") -> T:

@@ -24,7 +24,7 @@ class Client:
 
     def __init__(self, sock: socket.socket, role: str = "data") -> None:
         self.sock = sock
-        sock.settimeout(30)
+        sock.settimeout(90)
         self.batch_id = 0
         sock.sendall(frames.encode_json(Kind.HELLO, {"role": role, "gateway": "g1"}))
         kind, _, meta, _ = self.read_frame()

@@ -161,9 +161,9 @@ def test_a_child_that_dies_is_noticed_though_another_has_its_pipe(children: Chil
 def test_a_child_that_hangs_is_killed_in_time(
     children: Children, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "_LOAD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(tuning, "_LOAD_TIMEOUT_S", 5.0)
     children("signal.pause()")
-    with pytest.raises(ArtifactError, match=r"took longer than 0\.5 s"):
+    with pytest.raises(ArtifactError, match=r"took longer than 5 s"):
         measured((1,), 1)
     for pid in pids():
         await_end(pid)
