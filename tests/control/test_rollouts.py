@@ -97,7 +97,7 @@ def test_a_rollout_that_cannot_be_decided_stays_as_it_is(
     async def scenario() -> None:
         controller = await world.observing()
         with monkeypatch.context() as patch:
-            patch.setattr("serving.control.rollouts.decide", broken)
+            patch.setattr("serving.control.rollout_decisions.decide", broken)
             await world.seconds(controller, 3)
         assert "rollout m:1 cannot be decided; it stays as it is" in caplog.text
         assert (await controller.rollouts.find("m")).rollout.state.value == "observing"
