@@ -118,10 +118,10 @@ def test_what_cannot_be_saved_keeps_no_rollout_from_being_judged(
         await world.change(controller, "2")
         monkeypatch.setattr(controller.ledger, "flush", full)
         await world.until(controller, "rolled_back")
-        assert controller.last_error == "ledger: the disk quota is used up"
+        assert controller.problems.last == "ledger: the disk quota is used up"
         monkeypatch.undo()
         await world.second(controller)
-        assert controller.last_error == ""
+        assert controller.problems.last == ""
 
     run(scenario())
 
