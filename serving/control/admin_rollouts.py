@@ -50,7 +50,7 @@ def rollout_routes(controller: Controller) -> list[Route]:
 
     async def list_rollouts(request: Request) -> Response:
         given = query(request, {"model", "active", "limit"})
-        found = await controller.list_rollouts(
+        found = await controller.readings.list_rollouts(
             model=given.get("model"),
             active=truth(given, "active"),
             limit=number(given, "limit", 1, _MOST) or _LISTED,
@@ -85,7 +85,7 @@ def rollout_routes(controller: Controller) -> list[Route]:
 
     async def audit(request: Request) -> Response:
         given = query(request, {"after", "limit", "subject"})
-        entries = await controller.audit(
+        entries = await controller.readings.audit(
             after=number(given, "after", 0, 1 << 62),
             limit=number(given, "limit", 1, _MOST) or _LISTED,
             subject=given.get("subject"),
@@ -93,7 +93,7 @@ def rollout_routes(controller: Controller) -> list[Route]:
         return JSONResponse({"entries": entries})
 
     async def verify(request: Request) -> Response:
-        found = await controller.verify_audit(query(request, {"expect"}).get("expect"))
+        found = await controller.readings.verify_audit(query(request, {"expect"}).get("expect"))
         return JSONResponse({"sentence": found.sentence, "end": str(found)})
 
     async def feedback(request: Request) -> Response:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from serving.config import ServingConfig
@@ -17,7 +14,7 @@ from serving.control.budgets import Budgets
 from serving.control.bundles import Bundles
 from serving.control.cost_metrics import CostMetrics
 from serving.control.cost_views import cost_view
-from serving.control.feedback import Feedback
+from serving.control.feedback import Feedback, answers_kept_s
 from serving.control.fleet import Fleet
 from serving.control.gpu_demands import Needs
 from serving.control.gpus import Gpus
@@ -27,24 +24,22 @@ from serving.control.mover import Mover
 from serving.control.observe import Observer
 from serving.control.operations import Operations
 from serving.control.placer import Placer
-from serving.control.reconcile import Blocking, Clock, Reconciler
-from serving.control.records import Record
-from serving.control.rollout_views import listed
+from serving.control.problems import Problems
+from serving.control.readings import Readings
+from serving.control.reconcile import Clock, Reconciler
+from serving.control.reports import Reports
+from serving.control.resumption import Resumption
 from serving.control.rollouts import Rollouts
+from serving.control.saving import Saving
 from serving.control.scaler import Scaler
 from serving.control.state import Cluster, NoProviders, Providers, Resolver, State
-from serving.control.totals import BASE, Totals, instance_of
+from serving.control.threads import one_thread
+from serving.control.totals import Totals
 from serving.core.routing import RouteTable
-from serving.errors import ClusterError, OperatorError, ServingError, Unavailable
-from serving.store.audit import Head
+from serving.errors import Unavailable
 from serving.store.sql import Store
 
-log = logging.getLogger(__name__)
-
-REANNOUNCE_WAIT_S: Final = 6.0
-"""After a restart: three announcement periods, to hear the stored table's replicas again."""
 CLUSTER_TIMEOUT_S: Final = 10.0
-REPORT_WAIT_TICKS: Final = 4
 IDLE_OBSERVE_TICKS: Final = 5
 FAREWELL_S: Final = 2.0
 """At the end, how long webhooks may take to be told what they were not yet."""
@@ -79,8 +74,7 @@ class Controller:
         self.config = config
         self.deployment = deployment
         self.clock = clock
-        self.errors = 0
-        self._problems: dict[str, str] = {}
+        self.problems = Problems()
         self.feedback = Feedback()
         self.cost_metrics = CostMetrics()
         self.budgets = Budgets(config.tenants)
@@ -89,16 +83,13 @@ class Controller:
         self._keep_agents, self._node_labels = agents, labels
         self._listen_tcp = listen_tcp
         self.bundles = Bundles(config.home_dir)
-        self._in_store, self._in_registry = _thread("store"), _thread("registry")
-        self._in_cluster = _thread("cluster", timeout_s=CLUSTER_TIMEOUT_S)
+        self._in_store, self._in_registry = one_thread("store"), one_thread("registry")
+        self._in_cluster = one_thread("cluster", timeout_s=CLUSTER_TIMEOUT_S)
         self._wake = asyncio.Event()
         self._look_now = asyncio.Event()
-        self._flushing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self.started_at = clock.unix()
-        self._awaited: set[str] = set()
-        self._started = clock.monotonic()
-        self._resumed = False
+        self.resumption = Resumption(clock, config.control.tick_s)
         self._woken = False
 
     async def start(self) -> None:
@@ -124,16 +115,10 @@ class Controller:
             store=self._store, in_store=self._in_store, clock=self.clock,
         )  # fmt: skip
         await self.ledger.load(fresh=fresh)
-        self.totals = Totals(await self._in_store(self._store.counters), self._started)
+        self.totals = Totals(await self._in_store(self._store.counters), self.resumption.started)
         self.board = RouteBoard(table)
         if not fresh:
-            self._resumed = stored is not None
-            self._awaited = {
-                e.replica
-                for m in table.models.values()
-                for a in m.arms.values()
-                for e in a.endpoints
-            }
+            self.resumption.resume(table, resumed=stored is not None)
         self.reconciler = Reconciler(
             State() if fresh else before, self.board, self.fleet, self.totals,
             store=self._store, in_store=self._in_store,
@@ -159,6 +144,17 @@ class Controller:
             resolver=self._resolver, in_registry=self._in_registry,
             clock=self.clock, listen_tcp=self._listen_tcp,
         )  # fmt: skip
+        self._reports = Reports(
+            self.reconciler, self.rollouts, self.totals, self.scaler, self.ledger,
+            self.feedback, self.budgets,
+            clock=self.clock, look=self._look_now.set, wake=self._wake_model,
+        )  # fmt: skip
+        self._saving = Saving(
+            self.totals, self.ledger, self.gpus, self.placer, self.feedback, self.budgets,
+            store=self._store, in_store=self._in_store,
+            clock=self.clock, tick_s=self.config.control.tick_s,
+        )  # fmt: skip
+        self.readings = Readings(self.rollouts, store=self._store, in_store=self._in_store)
         # Another `serving up` left this: nothing of it runs. Its counters stay; its routes do not,
         # or a controller that took over before the first table would publish them as ours.
         blank = State(deployment=self.deployment, apply_id=before.apply_id) if fresh else None
@@ -197,7 +193,7 @@ class Controller:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         if self._tasks:
-            await self._flush()
+            await self._saving.flush()
             await self.ledger.conclude()
             await asyncio.to_thread(self._providers.close, FAREWELL_S)
 
@@ -221,56 +217,27 @@ class Controller:
         self.ledger.announced(info)
         self.gpus.heard(info)
         self.placer.heard(info)
-        if self._awaited:
-            self._awaited.discard(str(info["replica"]))
-            if not self._awaited:
-                self._wake.set()
+        if self.resumption.heard(str(info["replica"])):
+            self._wake.set()
 
     async def poll_routes(self, revision: int, timeout_s: float) -> Mapping[str, Any] | None:
         """The route table once it is newer than `revision`, or None after `timeout_s`."""
         return await self.board.poll(revision, min(timeout_s, 60.0))
 
     def report(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """A gateway's totals since its start; what the gateway is told in turn.
-
-        That is {"feedback": [{"request_id", "label"}, …]}, and where there are budgets "spent":
-        who has used his up, see `Budgets.spent`.
-        """
-        now = self.clock.monotonic()
-        payload = dict(payload)
-        # Kept apart: the ledger has cursors of its own.
-        usage = payload.pop("usage", ())
-        if self.totals.report(payload, now):
-            # A gateway has cut a canary off: no time to lose.
-            self.rollouts.hurry()
-            self._look_now.set()
-        if self.scaler.is_woken(payload):
-            self._woken = True
-            self._wake.set()
-        self.rollouts.reach.heard(instance_of(payload), int(payload["revision"]), now)
-        self.ledger.reported(instance_of(payload), usage)
-        self.feedback.joined(payload.get("feedback_joined", ()))
-        due = self.feedback.due(str(payload["gateway"]), now, self._feedback_window_s())
-        told: dict[str, Any] = {"feedback": due} if due else {}
-        if self.budgets:
-            told["spent"] = self.budgets.spent(self.ledger.spending, self.clock.unix())
-        return told
+        """See `Reports.take`."""
+        return self._reports.take(payload)
 
     def add_feedback(self, raw: object) -> int:
         """Late labels for answers that were given; how many.
 
         Raises `InvalidRequest`, or `ConflictError` if no rollout asks for labels.
         """
-        return self.feedback.add(raw, self.clock.monotonic(), self._feedback_window_s())
-
-    def _feedback_window_s(self) -> float:
-        """How long gateways keep answers for their labels; 0 where they keep none."""
-        splits = (route.split for route in self.board.table.models.values())
-        return max((s.feedback["window_s"] for s in splits if s and s.feedback), default=0.0)
+        return self.feedback.add(raw, self.clock.monotonic(), answers_kept_s(self.board.table))
 
     def lease_gpu(self, app: str, replica: str, node: str, pid: int) -> dict[str, Any] | None:
         """See `Placer.lease`; the lease as `GpuLease.to_dict`, or None for the CPU."""
-        if not self._may_act():
+        if not self.resumption.may_act:
             raise Unavailable("just restarted: replicas have not repeated what they hold yet")
         if not self.gpus.counted:
             raise Unavailable("just started: Ray has not said yet which nodes have GPUs")
@@ -331,36 +298,9 @@ class Controller:
         self._look_now.set()
         return told
 
-    async def list_rollouts(
-        self, *, model: str | None, active: bool | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """Rollouts, newest first. Raises `StoreError`."""
-        read = partial(self._store.rollouts, model=model, active=active, limit=limit)
-        running = {r.rollout.id: r for r in self.rollouts.records}
-        return [
-            listed(running.get(row.id) or Record.from_row(row))
-            for row in await self._in_store(read)
-        ]
-
     async def show_rollout(self, key: str) -> dict[str, Any]:
         """The rollout of an id, or a model's newest. Raises `NotFound` or `StoreError`."""
         return self.operations.shown(await self.rollouts.find(key))
-
-    async def audit(
-        self, *, after: int | None, limit: int, subject: str | None
-    ) -> list[dict[str, Any]]:
-        """Entries of the audit log. Raises `StoreError`."""
-        read = partial(self._store.audit, after=after, limit=limit, subject=subject)
-        return [row.to_dict() for row in await self._in_store(read)]
-
-    async def verify_audit(self, expect: str | None) -> Head:
-        """Where the intact log ends; `expect` is where it did once, as `Head` prints it.
-
-        Raises `StoreError` that names the first bad entry, or `ConfigError`.
-        """
-        noted = None if expect is None else Head.parse(expect)
-        # Beside the store's own thread: no rollback waits for a long log to be read.
-        return await asyncio.to_thread(self._store.verify_audit, noted)
 
     # The loops.
 
@@ -375,8 +315,8 @@ class Controller:
             look = self._wake.is_set() or idle
             self._wake.clear()
             if idle:
-                await self._guarded("node agents", self._watch_nodes())
-            await self._guarded("reconcile tick", self.step(look=look))
+                await self.problems.guard("node agents", self._watch_nodes())
+            await self.problems.guard("reconcile tick", self.step(look=look))
 
     async def _watch_loop(self) -> None:
         """Rollouts have a loop of their own: no verdict waits for Ray Serve."""
@@ -387,7 +327,7 @@ class Controller:
                     await self._look_now.wait()
             self._look_now.clear()
             if self.rollouts.records:
-                await self._guarded("rollout tick", self.watch())
+                await self.problems.guard("rollout tick", self.watch())
 
     async def _watch_nodes(self) -> None:
         self.gpus.expect(await self._in_cluster(self._keep_agents))
@@ -399,11 +339,15 @@ class Controller:
         Raises `StoreError` or `ClusterError`; what was not done is done by the next step.
         """
         await self.watch()
-        if self._may_act():
+        if self.resumption.may_act:
             await self._scale()
-        if self._may_act() and (look or self.mover.due or not self.reconciler.settled):
+        if self.resumption.may_act and (look or self.mover.due or not self.reconciler.settled):
             await self.reconciler.tick(gateways_known=self.totals_are_current)
             await self.mover.step()
+
+    def _wake_model(self) -> None:
+        self._woken = True
+        self._wake.set()
 
     async def _scale(self) -> None:
         woken, self._woken = self._woken, False
@@ -413,86 +357,14 @@ class Controller:
     async def watch(self) -> None:
         """Save totals, look who is there, and let rollouts go on by it. Raises `StoreError`."""
         # A rollout is judged by what is in memory: it does not wait for what cannot be saved.
-        await self._guarded("saving of totals", self._flush())
-        if self._may_act():
+        await self.problems.guard("saving of totals", self._saving.flush())
+        if self.resumption.may_act:
             async with self.reconciler.lock:
                 self.reconciler.look()
                 self.placer.tick(self.state, self.rollouts.records)
                 await self.rollouts.tick(gateways_known=self.totals_are_current)
 
-    async def _guarded(self, what: str, work: Awaitable[None]) -> None:
-        """Do it; what fails is shown in the status, and done again by the next tick."""
-        try:
-            await work
-            self._problems.pop(what, None)
-        except ServingError as error:
-            self._failed(what, error)
-        except Exception as error:
-            log.exception("%s", what)
-            self._failed(what, error)
-
-    def _failed(self, what: str, error: Exception) -> None:
-        self.errors += 1
-        if str(error) != self._problems.get(what) and isinstance(error, OperatorError):
-            log.error("%s", error)
-        self._problems[what] = str(error) or type(error).__name__
-
-    @property
-    def last_error(self) -> str:
-        """Why a loop's last tick failed; empty if none did."""
-        return next(iter(self._problems.values()), "")
-
     @property
     def totals_are_current(self) -> bool:
-        """Whether what the store has of the gateways is overtaken by their own reports.
-
-        Stored totals are up to a tick old. To show them after a restart would let counters go
-        backwards, which a reader of counters takes for a restart of everything that was counted.
-        """
-        waited = self.clock.monotonic() - self._started
-        patience = REPORT_WAIT_TICKS * max(1.0, self.config.control.tick_s)
-        return not (self._resumed and self.totals.unheard) or waited > patience
-
-    def _may_act(self) -> bool:
-        """After a restart, first hear the stored table's replicas: else they'd leave the routes."""
-        return not self._awaited or self.clock.monotonic() - self._started > REANNOUNCE_WAIT_S
-
-    async def _flush(self) -> None:
-        if self.budgets:
-            # First: a store that is away is no reason to let anybody spend more.
-            self.ledger.update_spending()
-        async with self._flushing:
-            now, tick_s = self.clock.monotonic(), self.config.control.tick_s
-            self.totals.note_rates(now)
-            self.feedback.keep(
-                str(r["gateway"]) for r in self.totals.rows(self.totals.live(now, tick_s))
-            )
-            if past := self.totals.excess(now):
-                base = self.totals.folded(past)
-                await self._in_store(self._store.fold_counters, BASE, base, past)
-                self.totals.fold(base, past)
-            if learned := self.placer.unsaved():
-                await self._in_store(self._store.save_memory_profiles, learned)
-                self.placer.saved(learned)
-            if unsaved := self.totals.unsaved():
-                await self._in_store(self._store.save_counters, unsaved)
-                self.totals.saved(unsaved)
-            await self.gpus.flush()
-            await self.ledger.flush()
-
-
-def _thread(name: str, timeout_s: float | None = None) -> Blocking:
-    """A thread that does one blocking call after the other.
-
-    Raises `ClusterError` after a timeout: the call goes on, what was queued behind it does not.
-    """
-    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-
-    async def run(call: Any, *args: Any) -> Any:
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
-        except TimeoutError:
-            raise ClusterError(f"the {name} did not answer within {timeout_s:g} s") from None
-
-    return run
+        """See `Resumption.totals_are_current`."""
+        return self.resumption.totals_are_current(self.totals)

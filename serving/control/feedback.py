@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Final
 
+from serving.core.routing import RouteTable
 from serving.errors import ConflictError, InvalidRequest
 
 MAX_ITEMS: Final = 1000
@@ -131,6 +132,12 @@ class Feedback:
         old = takewhile(lambda e: now - e[1].received_at >= window_s, self._items.items())
         for request_id, _ in list(old):
             self._remove(request_id)
+
+
+def answers_kept_s(table: RouteTable) -> float:
+    """How long gateways keep answers for their labels; 0 where they keep none."""
+    splits = (route.split for route in table.models.values())
+    return max((s.feedback["window_s"] for s in splits if s and s.feedback), default=0.0)
 
 
 def _nbytes(item: Mapping[str, Any]) -> int:

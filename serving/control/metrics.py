@@ -161,7 +161,7 @@ class _Collector(Collector):
             metrics.CONVERGED: float(controller.reconciler.outcome == "converged"),
             metrics.CONTROLLER_START: controller.started_at,
             metrics.CONTROLLER_RSS: psutil.Process().memory_info().rss,
-            metrics.RECONCILE_ERRORS: controller.errors,
+            metrics.RECONCILE_ERRORS: controller.problems.count,
             rollouts.FEEDBACK_PENDING: len(controller.feedback),
             rollouts.FEEDBACK_DROPPED: controller.feedback.dropped,
         }

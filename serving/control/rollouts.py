@@ -8,7 +8,6 @@ this controller or of its successor, starts from what was committed.
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,30 +17,26 @@ from typing import Any, Final
 from serving.control import journal
 from serving.control.endings import applied, ended_with_deployment, let_go, superseded
 from serving.control.intents import Intent
-from serving.control.notices import notices
 from serving.control.observe import Observer
 from serving.control.overlay import lay_out, switch, with_splits
 from serving.control.reach import Reach
 from serving.control.reconcile import Blocking, Clock, Reconciler
 from serving.control.records import Record
+from serving.control.rollout_decisions import Decisions
+from serving.control.rollout_telling import RETOLD_S, Telling
 from serving.control.rollout_views import arms_summary
 from serving.control.state import Providers, State
 from serving.core.plan import ServedModel, ServedVersion
-from serving.core.rollout import command, decide, new_rollout
+from serving.core.rollout import command, new_rollout
 from serving.core.rollout_spec import RolloutSpec
-from serving.core.rollout_states import State as RolloutState
 from serving.errors import ConflictError, NotFound
 from serving.store.audit import AuditEntry
 from serving.store.pins import PinRow
 from serving.store.rollouts import RolloutRow
 from serving.store.sql import Store
 
-log = logging.getLogger(__name__)
-
 COMMANDS: Final = ("pause", "resume", "promote", "approve", "abort", "rollback")
 """What a person may tell a rollout."""
-_RETOLD_S: Final = 600.0
-_JITTER_S: Final = 0.05
 
 
 def _new_salt() -> str:
@@ -84,9 +79,9 @@ class Rollouts:
         self._reconciler = reconciler
         self._store, self._in_store = store, in_store
         self._clock = clock
-        self._providers = providers
+        self._decisions = Decisions(reconciler, observer, providers, clock)
+        self._telling = Telling(reconciler, providers, clock)
         self._new_salt = new_salt
-        self._ticked: dict[str, tuple[float, tuple[bool, ...] | None]] = {}
         self._urgent = False
         reconciler.recall_rollouts = self.recall
 
@@ -101,7 +96,7 @@ class Rollouts:
         if blank is not None:
             ended = [ended_with_deployment(r, self._clock.unix()) for r in self.records]
             await self._commit(ended, Change(blank))
-        self._tell_again(records)
+        self._telling.tell_again(records)
 
     async def recall(self) -> None:
         """Go by the store after a commit that may have been done: publish and tell it, if it was.
@@ -118,7 +113,7 @@ class Rollouts:
         past = await self._in_store(partial(self._store.rollouts, active=False, limit=1000))
         for row in reversed(past):
             self._note_rollback(row.model, row.id, row.body.get("rollback_ms"))
-        lately = self._clock.unix() - _RETOLD_S
+        lately = self._clock.unix() - RETOLD_S
         rows += [row for row in past if _warm(row) or (row.finished_at or 0.0) > lately]
         records = [Record.from_row(row) for row in reversed(rows)]
         return sorted(records, key=lambda r: r.rollout.created_at)
@@ -171,7 +166,7 @@ class Rollouts:
         heads = {id(r) for r in self._heads(self.records)}
         self.observer.begin()
         after = [
-            self._decided_alone(r, gateways_known, urgent) if id(r) in heads else r
+            self._decisions.decided_alone(r, gateways_known, urgent) if id(r) in heads else r
             for r in self.records
         ]
         try:
@@ -259,37 +254,6 @@ class Rollouts:
         after = [let_go(r) if r.rollout.model == model else r for r in self.records]
         await self._commit([*after, record], change)
 
-    def _decided_alone(self, record: Record, gateways_known: bool, urgent: bool) -> Record:
-        """What cannot be decided stays as it is: no rollout stops another's."""
-        try:
-            return self._decided(record, gateways_known, urgent)
-        except Exception:
-            log.exception("rollout %s cannot be decided; it stays as it is", record.rollout.id)
-            return record
-
-    def _decided(self, record: Record, gateways_known: bool, urgent: bool) -> Record:
-        rollout = record.rollout
-        if rollout.state is RolloutState.PENDING and not self._stable_routed(record):
-            return record
-        now = self._clock.unix()
-        ready = tuple(self.observer.ready(rollout, v) > 0 for v in (rollout.stable, rollout.canary))
-        last, was_ready = self._ticked.get(rollout.id, (0.0, None))
-        early = 0 <= now - last < rollout.spec.analysis.tick_s - _JITTER_S
-        if early and not urgent and ready == was_ready:
-            return record
-        self._ticked[rollout.id] = (now, ready)
-        snapshot, seen = self.observer.snapshot(
-            record, self._providers, gateways_known=gateways_known
-        )
-        if record.released:
-            # Whether the old version is ready is no longer this rollout's business.
-            snapshot = replace(snapshot, stable_ready=max(1, snapshot.stable_ready))
-        return replace(seen, rollout=decide(rollout, snapshot))
-
-    def _stable_routed(self, record: Record) -> bool:
-        routed = self._reconciler.state.routed.models.get(record.rollout.model)
-        return routed is not None and routed.version == record.rollout.stable
-
     @staticmethod
     def _heads(records: Iterable[Record]) -> list[Record]:
         first: dict[str, Record] = {}
@@ -349,7 +313,7 @@ class Rollouts:
             self._note_rollback(model, rollout_id, record.rollback_ms)
         self._adopt(after)
         for record in after:
-            self._tell(before.get(record.rollout.id), record, now)
+            self._telling.tell(before.get(record.rollout.id), record, now)
 
     def _measured(self, record: Record) -> Record:
         """With how long its rollback took, once it has come to its end."""
@@ -365,28 +329,11 @@ class Rollouts:
     def _adopt(self, records: Sequence[Record]) -> None:
         for record in records:
             if not record.live:
-                self._ticked.pop(record.rollout.id, None)
+                self._decisions.forget(record.rollout.id)
                 self.observer.forget(record.rollout)
         self.records = tuple(r for r in records if r.live)
         self._reconciler.overlay = partial(with_splits, records=self._heads(self.records))
         self._reconciler.totals.trials.live = {r.rollout.id for r in self.records}
-
-    def _tell(self, before: Record | None, after: Record, now: float) -> None:
-        old, new = before.rollout if before else None, after.rollout
-        if old is None or old.state is not new.state or old.step != new.step:
-            where = f"{new.state.value}, weight {new.weight:g}"
-            log.info("rollout %s: %s: %s", new.id, where, new.reason)
-        for notice in notices(old, new, revision=self._reconciler.board.revision, now=now):
-            self._providers.emit(notice)
-
-    def _tell_again(self, records: Iterable[Record]) -> None:
-        """The last controller may have ended before it told; told again, a notice has its key."""
-        now, revision = self._clock.unix(), self._reconciler.board.revision
-        for record in records:
-            if now - record.rollout.entered_at < _RETOLD_S:
-                for notice in notices(None, record.rollout, revision=revision, now=now):
-                    if notice.subject == "transition":
-                        self._providers.emit(notice)
 
 
 def _warm(row: RolloutRow) -> bool:

@@ -52,7 +52,7 @@ def status(controller: Controller) -> dict[str, Any]:
             "rss_bytes": psutil.Process().memory_info().rss,
             "revision": controller.board.revision,
             "home": str(controller.config.home_dir),
-            "last_error": controller.last_error,
+            "last_error": controller.problems.last,
         },
         "urls": urls(controller.config),
     }

@@ -1,4 +1,4 @@
-"""One model version at this gateway: its queue, its links, and the batches between them.
+"""One model version at this gateway: its links, and the batches between its queue and them.
 
 A batch leaves when a replica has a free connection, so an idle system adds no delay and a busy one
 fills batches. Everything that arrived in one turn of the loop travels together, because dispatch is
@@ -14,25 +14,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 
-from serving.core.batching import SHADOW_LEVEL, RequestQueue, ServiceModel
+from serving.core.batching import SHADOW_LEVEL
 from serving.core.frames import TensorEntry
 from serving.core.inference import Limits, row_limit
 from serving.core.protocol import InferCodec
 from serving.core.routing import Arm, Endpoint
 from serving.core.types import Batch
-from serving.errors import DeadlineExceeded, ModelFailed, ServingError
+from serving.errors import DeadlineExceeded, ModelFailed
+from serving.gateway.admission import Admission
 from serving.gateway.answers import BatchAnswer, hand_out
 from serving.gateway.infer import TICK_S, Call, error_of, in_time, monotonic
 from serving.gateway.layouts import Buffer, OutgoingLayouts
-from serving.gateway.link_set import Link, LinkSet
+from serving.gateway.link_set import Link
 from serving.gateway.recorder import ArmRecorder
-from serving.gateway.room import Room, no_replica
 from serving.gateway.suspects import Suspects
-from serving.gateway.trials import blame, together
+from serving.gateway.trials import together
 
 
-class ArmBatcher:
-    """Queue and dispatch for one version. All methods run on the loop."""
+class ArmBatcher(Admission):
+    """Dispatch for one version. All methods run on the loop."""
 
     def __init__(
         self,
@@ -43,29 +43,17 @@ class ArmBatcher:
         wake: Callable[[], None],
     ) -> None:
         """`wake` is called when a request waits for a version that has no replica."""
-        self.arm = arm
+        super().__init__(arm, recorder, loop, wake)
         # Whose a call is until an arm is chosen for it; see `Splitter`.
         self.stable = self
-        self.recorder = recorder
-        self._loop = loop
-        self._ask_to_wake = wake
         self._limits = limits
-        self._queue: RequestQueue[Call] = RequestQueue()
-        self._service = ServiceModel()
-        self._links = LinkSet()
-        self._room = Room(self._queue, self._service, self._links)
         self._suspects = Suspects(self._queue, self._links)
         self._scheduled = False
         self._delay: asyncio.TimerHandle | None = None
-        self._hold: asyncio.TimerHandle | None = None
-        self._retired = False
-        # Whether this version has left for good.
-        self.closed = False
         self._batched = arm.signature.batch is not Batch.NONE
         self._layouts = OutgoingLayouts(arm.signature)
         self.configure(arm)
         # Until its first replica is connected a new version is like one that lost its last.
-        self._down_since: float | None = None
         self._check_ready()
 
     def configure(self, arm: Arm) -> None:
@@ -98,34 +86,9 @@ class ArmBatcher:
         return self._links.by_endpoint
 
     @property
-    def ready(self) -> bool:
-        """Whether a replica can take batches."""
-        return self._down_since is None and not self.closed
-
-    @property
-    def accepts(self) -> bool:
-        """Whether requests are taken: a version that sleeps takes them until one wakes it."""
-        return self.ready or (self._may_sleep and not self.closed)
-
-    @property
-    def _may_sleep(self) -> bool:
-        """Whether a replica comes when one is asked for: not to a version that leaves."""
-        return self.arm.wake_queue > 0 and not self._retired
-
-    @property
-    def waiting(self) -> int:
-        """Requests waiting."""
-        return len(self._queue)
-
-    @property
     def replicas_connected(self) -> int:
         """Replicas that can take batches."""
         return self._links.connected
-
-    @property
-    def queue_depth(self) -> int:
-        """Rows waiting."""
-        return self._queue.rows
 
     @property
     def in_flight(self) -> int:
@@ -136,75 +99,6 @@ class ArmBatcher:
         """Every call that waits or runs and is not answered yet, as a snapshot."""
         running = chain.from_iterable(self._links.batches())
         return iter([c for c in chain(self._queue, running) if not c.done])
-
-    # Admission.
-
-    def admit(self, call: Call) -> None:
-        """Queue a call. Raises `Overloaded` or `Unavailable` instead of letting it wait in vain."""
-        rows = self._queue.rows
-        if self._down_since is not None or (
-            rows
-            and (
-                rows + call.rows > self._room.rows
-                or call.deadline - call.arrival < self.arm.queue_max_wait_s
-            )
-        ):
-            try:
-                self._check_room(call, rows, call.deadline)
-            except ServingError as error:
-                call.done = True
-                self.recorder.refused(error.slug, monotonic() - call.arrival)
-                raise
-        self._queue.push(call)
-        self._schedule()
-
-    def take(self, call: Call) -> None:
-        """Queue a call for which there is room."""
-        self._queue.push(call)
-        self._schedule()
-
-    def spare_rows(self) -> int:
-        """How many more rows may wait without a second thought; -1 where no replica is ready."""
-        if self._down_since is not None or self.closed:
-            return -1
-        return self._room.rows - self._queue.rows
-
-    def has_room(self, call: Call) -> bool:
-        """Whether a call would be let in now, and could be answered in time."""
-        rows, down = self._queue.rows, self._down_since is not None
-        return not (rows or down) or self._has_room(call, rows, call.deadline)
-
-    def has_room_behind(self, ahead: int, call: Call, deadline: float) -> bool:
-        """Whether a call that has just arrived would be let in behind so many rows.
-
-        And whether it could be answered by `deadline`.
-        """
-        if self._down_since is None and (
-            not ahead
-            or (
-                ahead + call.rows <= self._room.rows
-                and deadline - call.arrival >= self.arm.queue_max_wait_s
-            )
-        ):
-            return True
-        return self._has_room(call, ahead, deadline)
-
-    def _has_room(self, call: Call, ahead: int, deadline: float) -> bool:
-        try:
-            self._check_room(call, ahead, deadline)
-        except ServingError:
-            return False
-        return True
-
-    def _check_room(self, call: Call, ahead: int, deadline: float) -> None:
-        if self._down_since is not None and self._may_sleep:
-            self._room.check_asleep(call, self.arm)
-            if not self._queue:
-                self._loop.call_soon(self._ask_to_wake)
-            return
-        if self._down_since is not None and self._hold is None:
-            raise no_replica(self.arm)
-        self._room.check(call, self.arm, self._max_rows, ahead, deadline)
 
     def forget(self, call: Call) -> None:
         """Take a call that is done out of the queue, if it waits there."""
@@ -371,43 +265,6 @@ class ArmBatcher:
             for call in list(self._queue):
                 call.hand_over()
         self._pump()
-
-    def _check_ready(self) -> None:
-        """Note since when there is no replica, or that there is one."""
-        if self.closed:
-            return
-        self._links.count()
-        self._room.measure(self.arm, self._max_rows)
-        if self._links.connected:
-            self._down_since = None
-            return
-        if self._down_since is None:
-            self._down_since = monotonic()
-        if self._hold is None:
-            self._hold_on()
-
-    def _hold_on(self) -> None:
-        """Let requests wait for a replica while `queue_hold_s` lasts, then answer them."""
-        self._hold = None
-        if self._down_since is None or self._may_sleep:
-            # One that may sleep is waited for as long as each request can.
-            return
-        left = self._down_since + self.arm.queue_hold_s - monotonic()
-        abandoned = self._retired and not self.links
-        if left > TICK_S and not abandoned:
-            self._hold = self._loop.call_later(left, self._hold_on)
-            return
-        waiting = list(self._queue)
-        self.blame(waiting)
-        for call in waiting:
-            self._queue.forget(call)
-            call.fail(no_replica(self.arm))
-        self._close_if_settled()
-
-    def blame(self, late: list[Call]) -> None:
-        """Note what requests of this version that are late share, and the replica they had."""
-        some = next((e.replica for e in self.links), "none")
-        blame(late, list(self._links.batches()), list(self._queue), some)
 
     # Answers.
 

@@ -149,7 +149,7 @@ def test_a_store_that_is_away_is_no_reason_to_spend_more(
         monkeypatch.setattr(world.store, "save_counters", fail)
         run.direct = {"a": 6.0}
         await run.second(controller)
-        assert controller.last_error == "the disk is full"
+        assert controller.problems.last == "the disk is full"
         assert "a" in run.report(controller)["spent"]
 
     asyncio.run(scenario())

@@ -34,7 +34,8 @@ def names(controller: Any) -> set[str]:
 def test_a_model_that_does_not_fit_is_refused_and_nothing_changes(world: GpuWorld) -> None:
     async def scenario() -> None:
         controller = await world.begin({"m": model("1", 10)})
-        before, audit = controller.state, await controller.audit(after=None, limit=9, subject=None)
+        before = controller.state
+        audit = await controller.readings.audit(after=None, limit=9, subject=None)
         with pytest.raises(ConflictError) as refused:
             await world.apply(controller, {"m": model("1", 10), "n": model("1", 14.2)})
         assert str(refused.value) == (
@@ -43,7 +44,7 @@ def test_a_model_that_does_not_fit_is_refused_and_nothing_changes(world: GpuWorl
             "batching.max_size, or set device: cpu"
         )
         assert controller.state == before
-        assert await controller.audit(after=None, limit=9, subject=None) == audit
+        assert await controller.readings.audit(after=None, limit=9, subject=None) == audit
 
     run(scenario())
 
@@ -72,7 +73,7 @@ def test_a_canary_that_does_not_fit_beside_stable_is_refused(world: GpuWorld) ->
             with pytest.raises(ConflictError, match=sentence):
                 await ask("m", "2", None)
         assert controller.rollouts.records == ()
-        assert await controller.list_rollouts(model="m", active=None, limit=9) == []
+        assert await controller.readings.list_rollouts(model="m", active=None, limit=9) == []
         assert len(names(controller)) == 1
 
     run(scenario())

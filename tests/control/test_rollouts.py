@@ -97,7 +97,7 @@ def test_a_rollout_that_cannot_be_decided_stays_as_it_is(
     async def scenario() -> None:
         controller = await world.observing()
         with monkeypatch.context() as patch:
-            patch.setattr("serving.control.rollouts.decide", broken)
+            patch.setattr("serving.control.rollout_decisions.decide", broken)
             await world.seconds(controller, 3)
         assert "rollout m:1 cannot be decided; it stays as it is" in caplog.text
         assert (await controller.rollouts.find("m")).rollout.state.value == "observing"
@@ -118,10 +118,10 @@ def test_what_cannot_be_saved_keeps_no_rollout_from_being_judged(
         await world.change(controller, "2")
         monkeypatch.setattr(controller.ledger, "flush", full)
         await world.until(controller, "rolled_back")
-        assert controller.last_error == "ledger: the disk quota is used up"
+        assert controller.problems.last == "ledger: the disk quota is used up"
         monkeypatch.undo()
         await world.second(controller)
-        assert controller.last_error == ""
+        assert controller.problems.last == ""
 
     run(scenario())
 

@@ -70,7 +70,7 @@ def shown(controller: Controller, version: str = "1") -> dict[str, Any]:
 
 
 async def entries(controller: Controller) -> list[tuple[int, int]]:
-    rows = await controller.audit(after=None, limit=50, subject="m")
+    rows = await controller.readings.audit(after=None, limit=50, subject="m")
     return [(r["body"]["from"], r["body"]["to"]) for r in rows if r["action"] == "scale"]
 
 

@@ -260,7 +260,7 @@ def test_a_request_at_the_very_end_of_the_hold(
     gateway.publish(arm("m", [], of=VECTOR, queue_hold_s=60.0, timeout_s=600.0))
     batcher = gateway.batcher("m")
     end = batcher._down_since + 60.0
-    monkeypatch.setattr("serving.gateway.batcher.monotonic", lambda: end - 0.0005)
+    monkeypatch.setattr("serving.gateway.admission.monotonic", lambda: end - 0.0005)
     gateway.run(batcher._hold_on)
     with gateway.connect() as client:
         assert client.ask(infer("m", 1)).status == 503
