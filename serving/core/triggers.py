@@ -40,6 +40,7 @@ from serving.core.rollout_types import Epoch, Outcome, Rollout, Snapshot, Verdic
 from serving.core.two_arms import Comparison, Count, Null
 from serving.core.verdicts import (
     Finding,
+    failed_of,
     hold,
     judge,
     milliseconds,
@@ -85,7 +86,7 @@ def _errors(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     facts = f"canary failed {out_of(both.canary, units)}, stable {out_of(both.stable)}"
     found = _weigh([(both, _null(trigger))], rollout, units, facts)
     watch = _watch(trigger, rollout, snapshot, lambda row: row.attempts)
-    return judge(trigger, rollout.spec.analysis, _with_bake(found, watch, units="requests"))
+    return judge(trigger, rollout.spec.analysis, _with_bake(found, watch, units=units))
 
 
 def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
@@ -256,7 +257,7 @@ def _with_bake(found: Finding, watch: Watch, events: str = "failed ", units: str
     facts = found.facts
     if n:
         allowed = percent(watch.tolerated) if watch.tolerated < 1 else "anything, stable did little"
-        facts += f"; in the bake {events}{out_of((n, k), units)}, tolerated: {allowed}"
+        facts += f"; in the bake {events}{failed_of((n, k), units)}, tolerated: {allowed}"
     return replace(
         found,
         log_e=log_e,
