@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
 from serving.cli.render import registry_table, version_view
 from serving.cli.rollout_text import moment
