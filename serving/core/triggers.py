@@ -115,6 +115,8 @@ def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
 def _labels(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     """Answers that their late labels proved wrong."""
     both = Comparison(rollout.epochs, snapshot.counts, _wrong, assigned=False)
+    if rollout.spec.feedback is None and not any(both.canary):
+        return hold(trigger, "the plan has no feedback, so labels are not taken: holds")
     facts = (
         f"canary was wrong in {out_of(both.canary, 'labelled answers')}, "
         f"stable in {out_of(both.stable)}"
@@ -162,7 +164,10 @@ def _drift(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
 
 def _disagreement(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     """Shadow pairs whose answers differ, against a bound."""
+    shadow = rollout.spec.shadow
     n = sum(c.pairs for c in snapshot.counts.values())
+    if not n and (shadow is None or shadow.compare.kind == "none"):
+        return hold(trigger, "the plan compares no shadow traffic: holds")
     k = sum(c.disagreements for c in snapshot.counts.values())
     return judge(
         trigger,

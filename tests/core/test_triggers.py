@@ -31,7 +31,9 @@ from serving.core.rollout_spec import (
     TRIGGER_KINDS,
     Analysis,
     Assignment,
+    Feedback,
     RolloutSpec,
+    Shadow,
     Step,
     default_plan,
     default_trigger,
@@ -375,6 +377,17 @@ def test_an_open_breaker_is_the_versions_fault_unless_stable_fails_likewise(
     assert only(evaluate(trial, seen)).verdict.value == outcome
     closed = replace(seen, breakers=Breakers(open=0, opened=1))
     assert only(evaluate(trial, closed)).verdict is Outcome.PASS
+
+
+def test_what_a_plan_does_not_collect_is_not_said_to_be_waited_for() -> None:
+    plain = rollout(kinds=("disagreement", "labels"))
+    silent = replace(plain, spec=replace(plain.spec, shadow=None, feedback=None))
+    disagreement, labels = evaluate(silent, snapshot({1: epoch(failures(9, 0), failures(9, 0))}))
+    assert disagreement.sentence == "disagreement: the plan compares no shadow traffic: holds"
+    assert labels.sentence == "labels: the plan has no feedback, so labels are not taken: holds"
+    asked = replace(plain, spec=replace(plain.spec, shadow=Shadow(), feedback=Feedback()))
+    for found in evaluate(asked, snapshot()):
+        assert "waits for 50" in found.sentence
 
 
 def test_what_compares_times_says_that_users_failed_in_so_many_requests() -> None:
