@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from serving.cli.render import grid
+from serving.cli.rollout_text import moment
 from serving.core.ledger_accounts import Kind
 
 
@@ -54,7 +54,7 @@ def _budget_table(budgets: list[dict[str, Any]]) -> RenderableType:
     for row in budgets:
         left = "spent" if not row["left_usd"] else dollars(row["left_usd"])
         table.add_row(row["tenant"], dollars(row["usd_per_day"]), dollars(row["spent_usd"]), left)
-    renews = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(budgets[0]["renews_at"]))
+    renews = moment(budgets[0]["renews_at"])
     return Group(table, Text(f"budgets are of direct cost, and renew at {renews}"))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 from typing import Any, Final
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from serving.cli.rollout_text import moment
 
 _STATE_STYLES: Final = {
     "ready": "green",
@@ -160,7 +163,7 @@ def registry_table(versions: list[dict[str, Any]]) -> RenderableType:
         metrics = ", ".join(f"{key}={value:g}" for key, value in sorted(v["metrics"].items()))
         aliases = " ".join(f"@{alias}" for alias in v["aliases"])
         platform = v["platform"] or "not registered with `serving register`"
-        created = v["created_at"]
+        created = moment(datetime.fromisoformat(v["created_at"]).timestamp())
         table.add_row(
             v["name"], v["version"], aliases, platform, short(v["digest"]), metrics, created
         )
@@ -182,7 +185,7 @@ def version_view(version: dict[str, Any]) -> RenderableType:
         "metrics": ", ".join(f"{k}={v:g}" for k, v in sorted(version["metrics"].items())) or "–",
         "data set": f"{data['name']} {data['uri']} {data['digest']}" if data else "–",
         "training": "–" if trained is None else f"{trained:.1f} s",
-        "created": version["created_at"],
+        "created": moment(datetime.fromisoformat(version["created_at"]).timestamp()),
         "source": version["source"],
     }
     for key, value in rows.items():

@@ -81,7 +81,9 @@ def start(
     typer.echo(
         f"{model}: rollout {started['id']} from version {started['stable']} to "
         f"{started['canary']} by plan {started['spec']['plan']}\n"
-        f"watch it: serving rollout watch {model}"
+        f"watch it: serving rollout watch {model}\n"
+        f"before the next apply, let the file ask for version {started['canary']} too: else that "
+        "apply takes it back"
     )
 
 

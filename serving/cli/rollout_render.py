@@ -132,11 +132,12 @@ def plan_view(plan: Plain) -> RenderableType:
     """What a rollout would do, and how soon it would notice which regression."""
     spec, per_s = plan["spec"], plan["requests_per_s"]
     outline = words.outline(spec, plan["stable"], plan["canary"])
+    times = {time["step"]: words.expected(plan, time) for time in plan["steps"]}
     title = f"{plan['model']}: version {plan['stable']} → {plan['canary']} by plan {spec['plan']}"
     return Group(
         Text(title, style="bold"),
-        Text(words.length(spec, per_s)),
-        *_section("plan", Group(*(Text(f"· {what}") for _, what in outline))),
+        Text(f"{words.length(plan)}; {per_s:.3g} requests a second now"),
+        *_section("plan", Group(*(Text(f"· {what}{times.get(at, '')}") for at, what in outline))),
         *_section(f"noticed at {per_s:.3g} requests a second", _detections(plan)),
     )
 
@@ -225,7 +226,7 @@ def _grid(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
 
 
 def _section(title: str, body: RenderableType) -> tuple[RenderableType, ...]:
-    return Text(""), Text(title, style="bold"), Padding(body, (0, 0, 0, 2))
+    return Text(""), Text(title, style="bold"), Padding(body, (0, 0, 0, 2), expand=False)
 
 
 def _plan_view(rollout: Plain) -> RenderableType:

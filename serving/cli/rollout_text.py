@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal
 
+from serving.core.rollout_spec import counted_by
+
 _LN_10: Final = math.log(10)
 _CELLS_A_POWER: Final = 6
 _UNITS: Final = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
@@ -15,6 +17,11 @@ _UNITS: Final = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
 ENDED: Final = ("succeeded", "rolled_back")
 """States that nothing but a person changes."""
 TAKEN_BACK: Final = ("rolling_back", "rolled_back", "rollback_failed")
+_TIMEOUTS: Final = {
+    "pause": "it is paused",
+    "rollback": "it is rolled back",
+    "proceed": "it goes on without",
+}
 _PREPARE, _SHADOW = -2, -1  # positions in a plan before its steps, which count from 0
 
 
@@ -204,14 +211,32 @@ def step(plan: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def length(spec: Mapping[str, Any], requests_per_s: float) -> str:
-    """How long a plan takes if nothing speaks against it, at some traffic, as a sentence."""
-    seconds = sum(s["hold_s"] for s in spec["steps"])
-    if plan := spec["shadow"]:
-        pairs_per_s = requests_per_s * plan["percent"] / 100
-        enough = plan["min_pairs"] / pairs_per_s if pairs_per_s else plan["max_duration_s"]
-        seconds += min(enough, plan["max_duration_s"])
+def expected(plan: Mapping[str, Any], time: Mapping[str, Any]) -> str:
+    """How long a step or the shadow takes at today's traffic, where that is not its hold."""
+    spec = plan["spec"]
+    if time["step"] < 0:
+        return f"; {duration(time['seconds'])} at this traffic"
+    hold = spec["steps"][time["step"]]["hold_s"]
+    needs = f"{count(time['needs'])} {counted_by(spec['assignment']['unit'])}"
+    if time["timeout"] is None:
+        return (
+            f"; {duration(time['seconds'])}, until it had {needs}" if time["seconds"] > hold else ""
+        )
+    after = duration(hold + spec["analysis"]["on_insufficient_data"]["after_s"])
+    return f"; too little traffic for its {needs}: {_TIMEOUTS[time['timeout']]} after {after}"
+
+
+def length(plan: Mapping[str, Any]) -> str:
+    """How long a plan takes at today's traffic if nothing speaks against it, as a sentence."""
+    spec, times = plan["spec"], plan["steps"]
+    bake = duration(spec["bake"]["duration_s"])
+    for time in times:
+        if time["seconds"] is None:
+            ends = _TIMEOUTS[time["timeout"]]
+            return f"traffic is too low for this plan: {ends} in step {time['step'] + 1}, see below"
     gates = sum(1 for s in spec["steps"] if s["gate"])
     waits = f", {gates} gate{'s' * (gates > 1)} not counted" if gates else ""
-    bake = duration(spec["bake"]["duration_s"])
-    return f"{duration(seconds)} to the promotion{waits}, then {bake} of bake"
+    required = any(s["require_pass"] for s in spec["steps"])
+    least = "at least " if required else ""
+    seconds = sum(time["seconds"] for time in times)
+    return f"{least}{duration(seconds)} to the promotion{waits}, then {bake} of bake"

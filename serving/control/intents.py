@@ -15,7 +15,7 @@ from serving.core.plan import Change, Layout, PlanRow, ServedModel, ServedVersio
 from serving.core.rollout_spec import RolloutSpec
 from serving.core.rollout_states import State
 from serving.core.types import Signature, TensorSpec
-from serving.errors import ConflictError
+from serving.errors import ConfigError, ConflictError
 
 Kind = Literal["direct", "rollout", "goes_on", "held"]
 
@@ -58,7 +58,8 @@ class Intent:
 def intend(asked: ServedModel, plan: RolloutSpec | None, seen: Situation) -> Intent:
     """What to do about a model; `plan` is None for `immediate`.
 
-    Raises `ConflictError` where the new version cannot stand in for the old one.
+    Raises `ConflictError` where the new version cannot stand in for the old one, and `ConfigError`
+    where the plan asks for what the model does not have.
     """
     target = asked.versions[asked.version]
     newest = seen.running[-1] if seen.running else None
@@ -76,6 +77,7 @@ def intend(asked: ServedModel, plan: RolloutSpec | None, seen: Situation) -> Int
         desired = _beside(asked, _sized(base, target, seen))
         return Intent("held", desired, reason=_why_held(past), ends=_replaced(newest, target))
     check_signature(asked.version, base, target)
+    check_outputs(plan, base)
     reason = f"rollout from version {base.arm.version} by plan {plan.plan}"
     # It keeps its number: the new one comes with the new version.
     desired = _beside(asked, base)
@@ -90,6 +92,19 @@ def check_signature(version: str, stable: ServedVersion, canary: ServedVersion) 
             f"model {canary.arm.model!r}: version {version} cannot share traffic with version "
             f"{stable.arm.version}: {difference}; to switch at once, set rollout: immediate"
         )
+
+
+def check_outputs(plan: RolloutSpec, stable: ServedVersion) -> None:
+    """Raise `ConfigError` where a plan names an output that the model does not have."""
+    compared = plan.shadow.compare.output if plan.shadow else None
+    labelled = plan.feedback.output if plan.feedback else None
+    names = [tensor.name for tensor in stable.arm.signature.outputs]
+    for key, output in (("shadow.compare.output", compared), ("feedback.output", labelled)):
+        if output is not None and output not in names:
+            raise ConfigError(
+                f"plan {plan.plan} of model {stable.arm.model!r}: {key} is {output!r}; "
+                f"the model's outputs: {', '.join(names)}"
+            )
 
 
 def plan_rows(

@@ -8,7 +8,14 @@ from dataclasses import asdict, replace
 from typing import Any, Final
 
 from serving.config import ServingConfig, parse_config
-from serving.control.intents import Intent, Situation, check_signature, intend, plan_rows
+from serving.control.intents import (
+    Intent,
+    Situation,
+    check_outputs,
+    check_signature,
+    intend,
+    plan_rows,
+)
 from serving.control.layout import (
     Pins,
     build_layout,
@@ -136,10 +143,11 @@ class Operations:
         """
         async with self._turn:
             config, target, pin = await self._target(model, to)
-            spec = self._spec(config, plan)
+            spec = self._spec(model, config, plan)
             async with self._reconciler.lock:
                 self._check_idle(model)
                 stable = self._stable(model, target)
+                check_outputs(spec, stable)
                 self._check_room(model, target)
                 record = await self._rollouts.begin(
                     model, stable, target, spec, actor=actor, reason=reason or f"to version {to}"
@@ -160,8 +168,9 @@ class Operations:
         Raises as `start` does.
         """
         config, target, _ = await self._target(model, to)
-        spec = self._spec(config, plan)
+        spec = self._spec(model, config, plan)
         stable = self._stable(model, target)
+        check_outputs(spec, stable)
         self._check_room(model, target)
         totals = self._reconciler.totals.sum().get((model, stable.arm.version), ArmTotals())
         return planned(
@@ -290,10 +299,12 @@ class Operations:
                 f"{other.state.value}; abort it first"
             )
 
-    def _spec(self, model: ModelConfig, plan: Any) -> RolloutSpec:
+    def _spec(self, name: str, model: ModelConfig, plan: Any) -> RolloutSpec:
         own = model.rollout_plan if plan is None else None
         named = PLAN_NAMES[0] if plan is None else plan
-        return own or parse_plan(named, source="plan", ready_timeout_s=model.ready_timeout_s)
+        return own or parse_plan(
+            named, source=f"model {name!r}", ready_timeout_s=model.ready_timeout_s
+        )
 
     async def _check_pins(self, pins: Pins) -> None:
         """A version number is never given twice: with another digest it is not the same version."""

@@ -20,6 +20,7 @@ from serving.core.rollout_counts import (
 )
 from serving.core.rollout_outlook import next_sentence
 from serving.core.rollout_spec import RolloutSpec
+from serving.core.rollout_timing import step_times
 from serving.core.rollout_types import Rollout, Snapshot
 from serving.core.urls import place
 from serving.errors import ServingError
@@ -141,6 +142,7 @@ def planned(
         "canary": canary,
         "spec": readable(spec),
         "requests_per_s": requests_per_s,
+        "steps": [asdict(time) for time in step_times(spec, requests_per_s)],
         "detections": [asdict(detection) for detection in found],
     }
 

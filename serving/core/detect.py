@@ -33,6 +33,7 @@ from serving.core.one_arm import spent
 from serving.core.rollout_baseline import latency_bounds
 from serving.core.rollout_counts import LATENCY_BOUNDS, ArmCountsRow, Histogram
 from serving.core.rollout_spec import RolloutSpec, Trigger, TriggerKind
+from serving.core.rollout_timing import longest, step_times
 from serving.core.triggers import BODY, DISAGREEING
 from serving.core.two_arms import Null
 
@@ -111,7 +112,8 @@ def seconds_to_detect(
 
     Of several regressions (the same version, looked at in several ways) evidence is averaged.
     """
-    phases = _phases(spec)
+    phases = _phases(spec, traffic)
+    planned = sum(0 < step.weight < 100 for step in spec.steps)
     threshold = log_threshold(trigger.weight, spec.analysis.alpha)
     since = regressions[0].since
     before = 0.0
@@ -125,7 +127,7 @@ def seconds_to_detect(
             for regression in regressions:
                 steps = [[_expected(traffic, regression, p, t)] for p, t in held]
                 null = regression.null
-                log_es.append(log_e_late_onset(steps, len(phases), null.r0, null.delta))
+                log_es.append(log_e_late_onset(steps, planned, null.r0, null.delta))
                 most = max(most, sum(period.canary.k for (period,) in steps))
             units = traffic.requests_per_s * sum(p.weight * t for p, t in held)
             return spent(log_average(log_es)) >= threshold and _guarded(spec, units, most)
@@ -147,7 +149,7 @@ def seconds_to_break(
     run = spec.breaker_failures
     needed = run if share == 1 else (share**-run - 1) / (1 - share)
     before = 0.0
-    for phase in _phases(spec):
+    for phase in _phases(spec, traffic):
         if phase.step < since:
             continue
         to_canary = traffic.requests_per_s * phase.weight
@@ -160,25 +162,35 @@ def seconds_to_break(
 
 @dataclass(frozen=True, slots=True)
 class _Phase:
-    """A step with both arms open; `weight` is the canary's, 0 to 1."""
+    """A step with both arms open; `weight` is the canary's, 0 to 1.
+
+    `hold_s` is how long the step takes at the traffic that there is.
+    """
 
     step: int
     weight: float
     hold_s: float
 
 
-def _phases(spec: RolloutSpec) -> list[_Phase]:
-    return [
-        _Phase(index, step.weight / 100, step.hold_s)
-        for index, step in enumerate(spec.steps)
-        if 0 < step.weight < 100
-    ]
+def _phases(spec: RolloutSpec, traffic: Traffic) -> list[_Phase]:
+    """Up to the step in which the rollout comes to a halt for want of traffic."""
+    phases = []
+    for time in step_times(spec, traffic.requests_per_s):
+        if time.step < 0:
+            continue
+        step = spec.steps[time.step]
+        if 0 < step.weight < 100:
+            held = longest(spec, step) if time.seconds is None else time.seconds
+            phases.append(_Phase(time.step, step.weight / 100, held))
+        if time.seconds is None:
+            break
+    return phases
 
 
 def _errors(spec: RolloutSpec, traffic: Traffic, trigger: Trigger) -> Iterator[Detection]:
     counts = traffic.counts
     stable = counts.failed / counts.requests if counts.requests else 0.0
-    last = max((phase.step for phase in _phases(spec)), default=0)
+    last = max((phase.step for phase in _phases(spec, traffic)), default=0)
     asked = dict.fromkeys([*((share, 0) for share in FAILING), (_LATE, last)])
     for share, since in asked:
         if share > stable:
@@ -262,7 +274,7 @@ def _detection(
 ) -> Detection:
     """With the step that it is noticed in, and all bad answers till then, or of the whole plan."""
     bad, left, step = 0.0, seconds, None
-    for phase in _phases(spec):
+    for phase in _phases(spec, traffic):
         if phase.step < since:
             continue
         held = phase.hold_s if left is None else min(left, phase.hold_s)

@@ -16,7 +16,7 @@ from serving.core.one_arm import FACTOR, LARGE
 from serving.core.rollout_counts import NOTHING, Sample, recent
 from serving.core.rollout_spec import Trigger
 from serving.core.rollout_types import Outcome, Rollout, Snapshot, Verdict
-from serving.core.verdicts import ENDS, hold, out_of, percent, power, rate, times, verdict
+from serving.core.verdicts import ENDS, failed_of, hold, percent, power, rate, times, verdict
 
 OWN_FAULT: Final = 2.0
 """A canary fails on its own account only at this many times stable's rate or more."""
@@ -48,13 +48,14 @@ def breaker(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
         return verdict(trigger, Outcome.PASS, sentence)
     burst = _burst(snapshot.history, rollout.spec.breaker_failures)
     canary, stable = burst.canary[:2], burst.stable[:2]
+    units = rollout.spec.assignment.units
     likewise = rate(burst.stable) * OWN_FAULT > rate(burst.canary)
     outcome = Outcome.HOLD if likewise else Outcome.FAIL
     why = "stable fails likewise, so it is not the version" if likewise else "fails"
     sentence = (
         f"{breakers.open} gateway(s) stopped sending to the canary after "
         f"{rollout.spec.breaker_failures} failures in a row; of late canary failed "
-        f"{out_of(canary, 'requests')}, stable {out_of(stable)}: {why}"
+        f"{failed_of(canary, units)}, stable {failed_of(stable, units)}: {why}"
     )
     return verdict(trigger, outcome, sentence, canary=canary, stable=stable)
 
@@ -95,6 +96,7 @@ def slo_burn(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     log_e = log_e_bounded(k / effect, n / effect, bound, *_BURNING)
     threshold = -log(analysis.alpha)
     outcome, why = Outcome.PASS, "passes"
+    units = rollout.spec.assignment.units
     if factor == FACTOR and rate(stable) >= burning:
         why = f"stable burnt the budget too, {percent(rate(stable))} at worst: passes"
     elif n < analysis.min_units and k < trigger.failures:
@@ -104,8 +106,8 @@ def slo_burn(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
         if min(k, clusters) >= trigger.failures and log_e >= threshold:
             outcome, why = Outcome.FAIL, "fails"
     sentence = (
-        f"canary failed {out_of((n, k), 'requests')} in the last {trigger.window_s:g} s and "
-        f"{out_of(short.canary[:2])} in the last {trigger.window_s * _SHORT_WINDOW:g} s; "
+        f"canary failed {failed_of((n, k), units)} in the last {trigger.window_s:g} s and "
+        f"{failed_of(short.canary[:2], units)} in the last {trigger.window_s * _SHORT_WINDOW:g} s; "
         f"bound {percent(bound)}, evidence {power(log_e)}, threshold {power(threshold)}: {why}"
     )
     return verdict(

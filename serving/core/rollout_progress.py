@@ -8,6 +8,7 @@ from typing import Final
 from serving.core.rollout_hooks import gate_hook, gate_key, hooks, webhooks
 from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction, TriggerAction
 from serving.core.rollout_states import PAUSABLE, Event, State
+from serving.core.rollout_timing import units_needed
 from serving.core.rollout_types import Hook, Outcome, Rollout, Snapshot, Verdict
 from serving.core.urls import place
 
@@ -21,8 +22,6 @@ WATCHED: Final = frozenset(
     }
 )
 """Stages with canary traffic, paused or not: arms are watched, triggers judged and obeyed."""
-
-_COMPARED_KINDS: Final = frozenset({"errors", "latency"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +94,10 @@ def missing_evidence(rollout: Rollout, snapshot: Snapshot) -> tuple[str, ...]:
         if name not in verdicts or verdicts[name].verdict is not Outcome.PASS
     ]
     found += [v.sentence for v in verdicts.values() if _unanswered(rollout, v)]
-    compared = any(t.kind in _COMPARED_KINDS for t in analysis.triggers)
     answered, units = step_units(rollout, snapshot), rollout.spec.assignment.units
-    if step.weight > 0 and compared and answered < analysis.min_units:
+    if answered < (needed := units_needed(rollout.spec, step)):
         found.append(
-            f"version {rollout.canary} has answered {answered} of the {analysis.min_units} {units} "
+            f"version {rollout.canary} has answered {answered} of the {needed} {units} "
             "that this step needs"
         )
     return tuple(found)

@@ -40,6 +40,7 @@ from serving.core.rollout_types import Epoch, Outcome, Rollout, Snapshot, Verdic
 from serving.core.two_arms import Comparison, Count, Null
 from serving.core.verdicts import (
     Finding,
+    failed_of,
     hold,
     judge,
     milliseconds,
@@ -85,7 +86,7 @@ def _errors(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     facts = f"canary failed {out_of(both.canary, units)}, stable {out_of(both.stable)}"
     found = _weigh([(both, _null(trigger))], rollout, units, facts)
     watch = _watch(trigger, rollout, snapshot, lambda row: row.attempts)
-    return judge(trigger, rollout.spec.analysis, _with_bake(found, watch, units="requests"))
+    return judge(trigger, rollout.spec.analysis, _with_bake(found, watch, units=units))
 
 
 def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
@@ -114,6 +115,8 @@ def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
 def _labels(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     """Answers that their late labels proved wrong."""
     both = Comparison(rollout.epochs, snapshot.counts, _wrong, assigned=False)
+    if rollout.spec.feedback is None and not any(both.canary):
+        return hold(trigger, "the plan has no feedback, so labels are not taken: holds")
     facts = (
         f"canary was wrong in {out_of(both.canary, 'labelled answers')}, "
         f"stable in {out_of(both.stable)}"
@@ -161,7 +164,10 @@ def _drift(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
 
 def _disagreement(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     """Shadow pairs whose answers differ, against a bound."""
+    shadow = rollout.spec.shadow
     n = sum(c.pairs for c in snapshot.counts.values())
+    if not n and (shadow is None or shadow.compare.kind == "none"):
+        return hold(trigger, "the plan compares no shadow traffic: holds")
     k = sum(c.disagreements for c in snapshot.counts.values())
     return judge(
         trigger,
@@ -256,7 +262,7 @@ def _with_bake(found: Finding, watch: Watch, events: str = "failed ", units: str
     facts = found.facts
     if n:
         allowed = percent(watch.tolerated) if watch.tolerated < 1 else "anything, stable did little"
-        facts += f"; in the bake {events}{out_of((n, k), units)}, tolerated: {allowed}"
+        facts += f"; in the bake {events}{failed_of((n, k), units)}, tolerated: {allowed}"
     return replace(
         found,
         log_e=log_e,

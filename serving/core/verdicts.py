@@ -111,6 +111,17 @@ def out_of(counted: tuple[int, int], units: str = "") -> str:
     return f"{k} of {n} {units}".rstrip() + (f" ({percent(k / n)})" if n else "")
 
 
+def failed_of(counted: tuple[int, int], units: str) -> str:
+    """What failed at any time as "12 of 240 requests (5.0 %)", or "12 users in 240 requests (…)".
+
+    A user counts with the first failure, while `counted` has all requests: as `attempts` are.
+    """
+    if units != "users":
+        return out_of(counted, units)
+    n, k = counted
+    return f"{k} {units} in {n} requests" + (f" ({percent(k / n)})" if n else "")
+
+
 def percent(share: float) -> str:
     """A share as percent, small ones with two digits."""
     number = 100 * share
@@ -119,7 +130,8 @@ def percent(share: float) -> str:
 
 def power(log_e: float) -> str:
     """A natural logarithm as a power of ten."""
-    return f"10^{log_e / _LN10:.1f}"
+    # + 0.0: minus zero is zero.
+    return f"10^{round(log_e / _LN10, 1) + 0.0:.1f}"
 
 
 def times(count: int) -> str:

@@ -107,6 +107,7 @@ def test_start_says_who_what_and_why_and_names_the_command_that_watches(idle: Cl
     # The plan is what the model's configuration says.
     assert "digits: rollout digits:1 from version 1 to 2 by plan fast" in said
     assert "serving rollout watch digits" in said
+    assert "before the next apply, let the file ask for version 2 too" in said
     again = idle.fails("rollout", "start", "digits", "--to", "3")
     assert "to version 2 is pending; abort it first" in again
     (start,) = (e for e in idle.json("audit") if e["action"] == "start")
@@ -252,7 +253,8 @@ def test_audit_verify(cli: Cli) -> None:
     assert said.endswith(f"{noted}\n")
     cli("rollout", "pause", "digits")
     assert f"{count + 1} entries, as written" in cli("audit", "verify", "--expect", noted)
-    other = noted.replace(noted[0], "0" if noted[0] != "0" else "1")
+    digest, _, number = noted.partition("@")
+    other = f"{digest[::-1]}@{number}"
     assert "has not the hash that was noted" in cli.fails("audit", "verify", "--expect", other)
     wrong = cli.fails("audit", "verify", "--expect", "12", code=2)
     assert "'12' is no end of a log; allowed: HASH@COUNT" in wrong

@@ -18,8 +18,9 @@ from serving.cli.rollout_render import (
     status_view,
 )
 from serving.core.detect import Detection
-from serving.core.rollout_spec import Assignment, RolloutSpec, Webhook
+from serving.core.rollout_spec import Assignment, RolloutSpec, Webhook, default_plan
 from serving.core.rollout_states import State
+from serving.core.rollout_timing import step_times
 from serving.core.rollout_types import ProviderState
 from tests.cli.stories import BEGIN, FAST, GATED, SAFE, Story
 
@@ -222,7 +223,43 @@ def test_where_users_stick_to_their_version_it_speaks_of_users() -> None:
     assert "counted by user" not in printed(plan_of(FAST))
 
 
-def plan_of(spec: RolloutSpec) -> RenderableType:
+@pytest.mark.parametrize(
+    ("per_s", "said"),
+    [
+        (200.0, ["17 min 50 s to the promotion, then 1 h of bake; 200 requests a second now"]),
+        (
+            5.0,
+            [
+                "46 min 40 s to the promotion",
+                "until 2,000 pairs or 15 min; 15 min at this traffic",
+                "step 1: 1 % for 2 min; 16 min 40 s, until it had 50 requests",
+            ],
+        ),
+        (
+            0.5,
+            [
+                "traffic is too low for this plan: it is paused in step 1, see below",
+                "1 % for 2 min; too little traffic for its 50 requests: it is paused after 32 min",
+                "step 2: 5 % for 5 min; 33 min 20 s, until it had 50 requests",
+            ],
+        ),
+        (0.0, ["too low for this plan", "step 4: 50 % for 5 min; too little traffic"]),
+    ],
+)
+def test_a_plan_says_how_long_it_takes_at_the_traffic_of_now(per_s: float, said: list[str]) -> None:
+    text = printed(plan_of(default_plan("canary"), per_s))
+    for sentence in said:
+        assert sentence in text
+    assert ("step 2: 5 % for 5 min;" in text) is (per_s < 1)
+
+
+def test_what_nobody_can_foretell_is_at_least() -> None:
+    required = replace(FAST.steps[0], require_pass=("errors",))
+    text = printed(plan_of(replace(FAST, steps=(required, *FAST.steps[1:]))))
+    assert "at least 27 s to the promotion" in text
+
+
+def plan_of(spec: RolloutSpec, per_s: float = 200.0) -> RenderableType:
     found = Detection("20% of requests fail", "errors", 3.0, 0, 6.0)
     return plan_view(
         {
@@ -230,7 +267,8 @@ def plan_of(spec: RolloutSpec) -> RenderableType:
             "stable": "1",
             "canary": "2",
             "spec": spec.to_dict(),
-            "requests_per_s": 200.0,
+            "requests_per_s": per_s,
+            "steps": [asdict(time) for time in step_times(spec, per_s)],
             "detections": [asdict(found)],
         }
     )

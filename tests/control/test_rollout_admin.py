@@ -90,6 +90,8 @@ def test_what_a_rollout_would_do(world: RolloutWorld) -> None:
         assert found["requests_per_s"] == pytest.approx(40, rel=0.2)
         assert {d["trigger"] for d in found["detections"]} >= {"errors", "latency"}
         assert all(d["regression"] for d in found["detections"])
+        assert {s["step"]: s["seconds"] for s in found["steps"]}.keys() == {-1, 0, 1}
+        assert all(s["timeout"] is None for s in found["steps"])
         assert controller.rollouts.records == ()
 
     play(world, scenario)
@@ -104,7 +106,21 @@ def test_what_a_rollout_would_do(world: RolloutWorld) -> None:
         ("/v1/rollouts", {"model": "m", "to": "9"}, 502, "registry", "no version 9"),
         ("/v1/rollouts", {"model": "x", "to": "2"}, 404, "not_found", "not served; served: m"),
         ("/v1/rollouts", {"model": "m", "to": "2", "plan": 7}, 400, "invalid_request", "plan"),
-        ("/v1/rollouts", {"model": "m", "to": "2", "plan": "x"}, 400, "config", "allowed: canary"),
+        (
+            "/v1/rollouts",
+            {"model": "m", "to": "2", "plan": "x"},
+            400,
+            "config",
+            "model 'm': plan: 'x' is no plan",
+        ),
+        *(
+            (path, {"model": "m", "to": "2", "plan": plan}, 400, "config", sentence)
+            for path in ("/v1/rollouts", "/v1/rollouts/plan")
+            for plan, sentence in (
+                ({"feedback": {"output": "q"}}, "feedback.output is 'q'; the model's outputs: "),
+                ({"shadow": {"compare": {"output": "q"}}}, "shadow.compare.output is 'q'; the"),
+            )
+        ),
         ("/v1/rollouts", {"model": "m", "to": "1"}, 409, "conflict", "version 1 already"),
         ("/v1/rollouts", {"model": "m", "to": "2", "by": 1}, 400, "invalid_request", "key by"),
         (

@@ -168,11 +168,11 @@ def test_the_outlook_of_the_default_plan() -> None:
 
 
 def test_what_is_noticed_in_a_later_step_counts_bad_answers_of_all() -> None:
-    plan = spec((1, 60), (50, 600))
+    plan = spec((1, 120), (50, 600))
     one_percent = by_words(detections(plan, Traffic(50, stable())))["1% of requests fail"]
     assert one_percent.step == 1
     assert one_percent.seconds is not None
-    hits = 50 * 0.01 * (0.01 * 60 + 0.5 * (one_percent.seconds - 60))
+    hits = 50 * 0.01 * (0.01 * 120 + 0.5 * (one_percent.seconds - 120))
     assert one_percent.bad_answers == pytest.approx(hits)
 
 
@@ -180,7 +180,15 @@ def test_what_the_plan_is_over_before_is_said_to_be_missed() -> None:
     plan = spec((1, 10))
     found = by_words(detections(plan, Traffic(1, stable())))["5% of requests fail"]
     assert (found.trigger, found.seconds, found.step) == ("errors", None, None)
-    assert found.bad_answers == pytest.approx(0.1 * 0.05)
+    # Of half an hour more than its hold, in which the step waits for requests.
+    assert found.bad_answers == pytest.approx(1810 * 0.01 * 0.05)
+
+
+def test_a_step_that_waits_for_its_requests_has_that_long_to_notice() -> None:
+    plan = spec((5, 10))
+    found = by_words(detections(plan, Traffic(1, stable())))["20% of requests fail"]
+    assert found.seconds is not None
+    assert 10 < found.seconds <= 1000
 
 
 def test_what_cannot_be_judged_is_left_out() -> None:

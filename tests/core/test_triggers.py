@@ -31,7 +31,9 @@ from serving.core.rollout_spec import (
     TRIGGER_KINDS,
     Analysis,
     Assignment,
+    Feedback,
     RolloutSpec,
+    Shadow,
     Step,
     default_plan,
     default_trigger,
@@ -151,7 +153,7 @@ def test_where_users_stick_to_their_version_sentences_count_users() -> None:
     bake = ArmCountsRow(20, 2, 20, 2, Histogram({60: 898}), Histogram({60: 898}))
     seen = snapshot({1: epoch(failures(60, 0), failures(900, 0)), 2: EpochCounts({}, {"c": bake})})
     trial = rollout(Epoch(1, 0, 0.5), Epoch(2, 4, 1.0), spec=by_user)
-    assert "in the bake failed 2 of 900 requests" in only(evaluate(trial, seen)).sentence
+    assert "in the bake failed 2 users in 900 requests" in only(evaluate(trial, seen)).sentence
 
 
 def test_in_the_bake_users_are_not_held_against_users_of_a_shorter_time() -> None:
@@ -375,6 +377,28 @@ def test_an_open_breaker_is_the_versions_fault_unless_stable_fails_likewise(
     assert only(evaluate(trial, seen)).verdict.value == outcome
     closed = replace(seen, breakers=Breakers(open=0, opened=1))
     assert only(evaluate(trial, closed)).verdict is Outcome.PASS
+
+
+def test_what_a_plan_does_not_collect_is_not_said_to_be_waited_for() -> None:
+    plain = rollout(kinds=("disagreement", "labels"))
+    silent = replace(plain, spec=replace(plain.spec, shadow=None, feedback=None))
+    disagreement, labels = evaluate(silent, snapshot({1: epoch(failures(9, 0), failures(9, 0))}))
+    assert disagreement.sentence == "disagreement: the plan compares no shadow traffic: holds"
+    assert labels.sentence == "labels: the plan has no feedback, so labels are not taken: holds"
+    asked = replace(plain, spec=replace(plain.spec, shadow=Shadow(), feedback=Feedback()))
+    for found in evaluate(asked, snapshot()):
+        assert "waits for 50" in found.sentence
+
+
+def test_what_compares_times_says_that_users_failed_in_so_many_requests() -> None:
+    by_request = rollout(kinds=("breaker", "slo_burn"))
+    trial = replace(by_request, spec=replace(by_request.spec, assignment=Assignment("header:u")))
+    open_one = Breakers(open=1, opened=1)
+    seen = snapshot(breakers=open_one, history=outage((10, 8), (950, 19)))
+    breaker, burn = (v.sentence for v in evaluate(trial, seen))
+    assert "of late canary failed 10 users in 110 requests (9.1 %), stable 57 users" in breaker
+    assert "canary failed 68 users in 3010 requests (2.3 %) in the last 300 s" in burn
+    assert not any("users" in v.sentence for v in evaluate(by_request, seen))
 
 
 def steady(canary_failing: float, stable_failing: float, n: int = 50) -> tuple[Sample, ...]:
