@@ -128,7 +128,8 @@ def test_it_announces_while_it_drains_and_ends_with_its_last_word() -> None:
             link, lambda: {"state": replica._state, "ended": replica._ended}
         )
         replica._share = GpuShare(link, ("a", "r", "n", 1))
-        await ModelReplica.func_or_class.__del__(replica)
+        deployment: Any = ModelReplica
+        await deployment.func_or_class.__del__(replica)
         assert server.in_time, "its lease lapses while it drains"
         assert set(heard[:-1]) == {("draining", False)}
         assert heard[-1] == ("draining", True)
