@@ -9,7 +9,7 @@ the next tick sees what was done and does the rest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
@@ -248,17 +248,17 @@ class Reconciler:
         names = {*self.apps, *self.state.desired.apps(), *self.state.routed.apps()}
         seen = {}
         for name in names:
-            absent = Phase.RUNNING if self.state.scaled.get(name) == 0 else Phase.ABSENT
+            spec = self._specs.get(name)
+            wanted = None if spec is None else self.state.wanted(spec)
             # Without replicas one that runs on GPUs is nothing to Serve.
-            status = self.apps.get(name, AppStatus(absent, "", unix))
+            absent = Phase.RUNNING if wanted == 0 else Phase.ABSENT
+            status = self.apps.get(name, AppStatus(absent, "", 0.0))
             error = self.fleet.error(name)
             if status.phase is Phase.FAILED:
                 error = error or status.message
             # What was there before the last apply may be starting replicas for it.
             age = max(0.0, unix - max(status.since, self.state.applied_at))
             endpoints = self.endpoints.get(name, ())
-            spec = self._specs.get(name)
-            wanted = None if spec is None else self.state.wanted(spec)
             seen[name] = ObservedApp(status.phase, endpoints, error, age, wanted)
         return seen
 
@@ -284,6 +284,7 @@ class Reconciler:
             log.info("starting %s", ", ".join(names))
             await self._event("start", apps=names)
             own = {name: of for name, of in seats.items() if of is not None}
+            self._forget_told(names)
             await self._give_up(await self._in_cluster(self._cluster.start, apps, own))
             self._told |= {app.name: app.count for app in apps}
 
@@ -301,8 +302,13 @@ class Reconciler:
         wanted = {name: self.state.wanted(app) for name, app in apps.items() if name in running}
         changed = {name: n for name, n in wanted.items() if self._told.get(name) != n}
         if changed:
+            self._forget_told(changed)
             await self._in_cluster(self._cluster.scale, changed)
             self._told |= changed
+
+    def _forget_told(self, names: Iterable[str]) -> None:
+        """They are about to be told: what fails without an answer may have been heard."""
+        self._told = {name: n for name, n in self._told.items() if name not in set(names)}
 
     async def _give_up(self, refused: Mapping[str, str]) -> None:
         """Do not try again what can never start."""

@@ -26,7 +26,7 @@ BATCH_SIZE: Final = "batch_size"
 BASE: Final = "past"
 MAX_INSTANCES: Final = 64
 MAX_NAMES: Final = 1024
-"""So many that were folded are known by name."""
+"""So many that were folded are known by name; of those before them, when the last had started."""
 LIVE_TICKS: Final = 5
 SILENCE_S: Final = 300.0
 """Who was silent for less is not folded, however many there are."""
@@ -164,7 +164,7 @@ class Totals:
         instance = instance_of(payload)
         for row in payload["models"]:
             ArmTotals().add(row, payload["bounds"])
-        if instance in self._base["folded"] and instance not in self._late:
+        if instance not in self._late and self._was_folded(instance):
             log.warning(
                 "gateway %s was taken for gone: what it counted until now, after its last report "
                 "before, is not counted",
@@ -179,6 +179,15 @@ class Totals:
         self._rows[instance] = {**payload, "rollouts": rollouts}
         self._heard[instance] = now
         return self.trials.take(instance, rollouts, self._counted(instance))
+
+    def _was_folded(self, instance: str) -> bool:
+        """Whether the base may have counts of it; who is unknown and that old is taken for so."""
+        started_at, unnamed_until = _started_at(instance), self._base.get("unnamed_until")
+        if instance in self._base["folded"]:
+            return True
+        if unnamed_until is None or instance in self._rows:
+            return False
+        return started_at <= float(unnamed_until)
 
     def _counted(self, instance: str) -> Mapping[str, Any] | None:
         """What the base has of an instance's counts for rollouts."""
@@ -290,10 +299,14 @@ class Totals:
             unrouted.update(row.get("unrouted", {}))
             for m in row.get("models", ()):
                 past.setdefault((m["model"], m["version"]), ArmTotals()).add(m, row["bounds"])
-        names = dict.fromkeys((*self._base["folded"], *instances))
+        names = list(dict.fromkeys((*self._base["folded"], *instances)))
+        until = self._base.get("unnamed_until")
+        unnamed = [_started_at(name) for name in names[:-MAX_NAMES]]
+        unnamed += [] if until is None else [float(until)]
         models = [arm.to_row(*key) for key, arm in past.items()]
         return {
-            "folded": list(names)[-MAX_NAMES:],
+            "folded": names[-MAX_NAMES:],
+            "unnamed_until": max(unnamed, default=None),
             "late": self._late_after(instances),
             "models": models,
             "bounds": dict(bounds),
@@ -318,12 +331,19 @@ class Totals:
             del self._rows[instance]
             self._saved.pop(instance, None)
             self._heard.pop(instance, None)
-        self._late = dict(base["late"])
+        # One that reported while the base was saved lives.
+        living = {i: row for i, row in self._late.items() if i in self._rows}
+        self._late = {**living, **base["late"]}
 
 
 def instance_of(payload: Mapping[str, Any]) -> str:
     """The gateway process that a report is from: a restarted one is another."""
     return f"{payload['gateway']}@{payload['started_at']}"
+
+
+def _started_at(instance: str) -> float:
+    """When a gateway process started, in Unix time."""
+    return float(instance.rpartition("@")[2])
 
 
 def _counts(payload: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 _COUNTED: Final = ("trials", "shadows")
 _INFORMING: Final = ("shielded", "overridden", "diverted")
+_SUMMED: Final = (*_INFORMING, "forgotten")
 Plain = Mapping[str, Any]
 Counts = dict[str, dict[int, EpochCounts]]
 """Rollout id to epoch to counts."""
@@ -74,7 +75,7 @@ class Trials:
     def forgotten(self, rollout: str) -> int:
         """Answers that gateways forgot, being too many, before their labels' time was over."""
         rows = (r for rows in self._splits.values() for r in rows if r["rollout"] == rollout)
-        return sum(int(row.get("forgotten", 0)) for row in rows)
+        return sum(row["forgotten"] for row in rows)
 
     def carried(self, before: Plain, now: Plain) -> dict[str, list[Any]]:
         """A report's rollout part, with what it no longer has of live rollouts from the one before.
@@ -99,7 +100,7 @@ class Trials:
             for row in self._splits.get(instance, ()):
                 closed = {"rollout": row["rollout"], "breaker": "closed"}
                 sums = splits.setdefault(row["rollout"], closed)
-                for name in ("opened", *_INFORMING):
+                for name in ("opened", *_SUMMED):
                     sums[name] = sums.get(name, 0) + row[name]
         total = {r: epochs for r, epochs in total.items() if r in self.live}
         trials = [
@@ -149,7 +150,7 @@ def _splits(instance: str, rows: Plain) -> list[dict[str, Any]]:
     for row in rows.get("splits", ()):
         try:
             breaker = Breakers.of_rows([row])
-            informing = {name: int(row.get(name, 0)) for name in _INFORMING}
+            informing = {name: int(row.get(name, 0)) for name in _SUMMED}
             rollout = str(row["rollout"])
         except (KeyError, TypeError, ValueError) as error:
             log.error("report of gateway %s: summary of a rollout: %r", instance, error)
@@ -161,7 +162,7 @@ def _splits(instance: str, rows: Plain) -> list[dict[str, Any]]:
 
 def _splits_since(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
     known = {row["rollout"]: row for row in before}
-    counts = ("opened", *_INFORMING)
+    counts = ("opened", *_SUMMED)
     return [
         {**row, **{n: max(0, row[n] - known.get(row["rollout"], {}).get(n, 0)) for n in counts}}
         for row in now

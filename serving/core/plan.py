@@ -221,7 +221,8 @@ def is_ready(app: AppSpec, seen: ObservedApp) -> bool:
 
 
 def _needed(app: AppSpec, seen: ObservedApp) -> int:
-    return app.count if seen.wanted is None else seen.wanted
+    # A minimum that was raised may find no room, so that as many as before are wanted.
+    return app.count if seen.wanted is None else max(seen.wanted, app.size.least)
 
 
 def _exists(seen: ObservedApp) -> bool:

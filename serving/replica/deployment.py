@@ -91,7 +91,10 @@ class ModelReplica:
         self._state = "draining"
         await self._announcer.stop()
         heard = await self._announcer.tell(_DRAIN_ANNOUNCE_PATIENCE_S)
+        # Until it is done it holds its share of a GPU, and is known to be on its way out.
+        self._announcer.start()
         await asyncio.to_thread(self._server.drain, _DRAIN_LIMIT_S)
+        await self._announcer.stop()
         self._watchdog.stop()
         self._server.stop()
         self._ended = True

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.control.totals import BASE, MAX_INSTANCES, SILENCE_S, Histogram, Totals
+from serving.control.totals import (
+    BASE,
+    MAX_INSTANCES,
+    MAX_NAMES,
+    SILENCE_S,
+    Histogram,
+    Totals,
+)
 from tests.control.world import gateway_report, model_row
 
 
@@ -212,6 +219,58 @@ def test_of_one_that_was_folded_long_ago_what_is_lost_is_said(
     assert "gateway g@1.0 was taken for gone: what it counted until now" in caplog.text
     totals.report(gateway_report("g", models=[model_row("1", 15)]), 3001.0)
     assert totals_of(totals)["m", "1"]["success"] == before + 2
+
+
+def test_one_that_was_folded_before_all_that_have_names_repeats_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    totals = Totals({})
+    totals.report(gateway_report("g", models=[model_row("1", 10)], started_at=1.0), 0.0)
+    for n in range(MAX_NAMES + MAX_INSTANCES + 1):
+        totals.report(gateway_report(f"{n}", models=[model_row("1", 1)], started_at=2.0 + n), 1.0)
+    past = totals.excess(400.0)
+    totals.fold(json.loads(json.dumps(totals.folded(past))), past)
+    before = totals_of(totals)["m", "1"]["success"]
+    totals.report(gateway_report("g", models=[model_row("1", 13)], started_at=1.0), 401.0)
+    assert totals_of(totals)["m", "1"]["success"] == before, "ten of them were counted"
+    assert "gateway g@1.0 was taken for gone" in caplog.text
+    totals.report(gateway_report("g", models=[model_row("1", 15)], started_at=1.0), 402.0)
+    totals.report(gateway_report("new", models=[model_row("1", 7)], started_at=9999.0), 402.0)
+    assert totals_of(totals)["m", "1"]["success"] == before + 2 + 7
+
+
+def test_one_that_is_heard_again_while_others_are_folded_lives() -> None:
+    totals = Totals({})
+    totals.report(gateway_report("g", models=[model_row("1", 10)]), 0.0)
+    for now in (1.0, 1000.0):
+        for n in range(MAX_INSTANCES):
+            totals.report(gateway_report(f"{now}-{n}", models=[model_row("1", 1)]), now)
+        fold(totals, now + 400.0)
+    totals.report(gateway_report("another", models=[]), 1001.0)
+    past = totals.excess(1500.0)
+    base = totals.folded(past)
+    # It takes the store a moment to save the base.
+    totals.report(gateway_report("g", models=[model_row("1", 13)]), 1500.0)
+    totals.fold(base, past)
+    before = totals_of(totals)["m", "1"]["success"]
+    totals.report(gateway_report("g", models=[model_row("1", 15)]), 1501.0)
+    assert totals_of(totals)["m", "1"]["success"] == before + 2
+
+
+def test_answers_that_gateways_forgot_are_added_up() -> None:
+    totals = Totals({})
+    totals.trials.live = {"m:1"}
+
+    def report(forgotten: int, now: float) -> None:
+        split = {"rollout": "m:1", "breaker": "closed", "opened": 0, "forgotten": forgotten}
+        totals.report(gateway_report("g", rollouts={"splits": [split]}), now)
+
+    report(3, 0.0)
+    assert totals.trials.forgotten("m:1") == 3
+    silent_ones(totals, MAX_INSTANCES, 1.0)
+    fold(totals, 400.0)
+    report(5, 401.0)
+    assert totals.trials.forgotten("m:1") == 5
 
 
 def test_a_late_report_that_cannot_be_compared_raises_and_counts_nothing() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from serving.artifacts import SIGNATURE_FILE, build_manifest, cache_dir, place, 
 from serving.control_link import ControlLink
 from serving.errors import ArtifactError, ClusterError
 from serving.replica import control
-from serving.replica.control import Announcer, ArtifactFetcher
+from serving.replica.control import Announcer, ArtifactFetcher, GpuShare
 
 
 class Method:
@@ -88,6 +90,49 @@ def test_it_announces_periodically_with_the_current_state() -> None:
         await announcer.stop()
         # Each `handle.method` is a new handle in Serve: one is kept.
         assert controller.lookups == 1
+
+    asyncio.run(scenario())
+
+
+class Draining:
+    """A server that has requests until the controller was told a few times that it drains."""
+
+    def __init__(self) -> None:
+        self.told, self.in_time = threading.Semaphore(0), False
+
+    def drain(self, limit_s: float) -> None:
+        self.in_time = all(self.told.acquire(timeout=limit_s) for _ in range(4))
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_announces_while_it_drains_and_ends_with_its_last_word() -> None:
+    # With Ray, whose import warns.
+    from serving.replica.deployment import ModelReplica
+
+    async def scenario() -> None:
+        controller, server = Controller(), Draining()
+        heard: list[tuple[str, bool]] = []
+        # It is itself only on Ray Serve; nobody is to call this at the end of the test.
+        replica = SimpleNamespace(_state="ready", _ended=False, _server=server, _watchdog=server)
+
+        async def announce(info: dict[str, Any]) -> None:
+            heard.append((info["state"], info["ended"]))
+            server.told.release()
+
+        controller._announce = announce  # type: ignore[method-assign]
+        link = ControlLink(lambda: controller)
+        replica._announcer = Announcer(
+            link, lambda: {"state": replica._state, "ended": replica._ended}
+        )
+        replica._share = GpuShare(link, ("a", "r", "n", 1))
+        deployment: Any = ModelReplica
+        await deployment.func_or_class.__del__(replica)
+        assert server.in_time, "its lease lapses while it drains"
+        assert set(heard[:-1]) == {("draining", False)}
+        assert heard[-1] == ("draining", True)
 
     asyncio.run(scenario())
 
