@@ -112,21 +112,33 @@ def start_ray(config: ServingConfig, directory: Path) -> None:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
-        ray.init(
-            address="local",
-            num_cpus=config.cluster.num_cpus,
-            num_gpus=_claim_gpus(),
-            include_dashboard=False,
-            _temp_dir=str(directory),
-            _node_ip_address="127.0.0.1",
-            logging_level="ERROR",
-            log_to_driver=False,
-            # Tensors never pass through Ray: the least it accepts, with room to spare.
-            object_store_memory=_OBJECT_STORE_BYTES,
-        )
+        _init_ray(ray, config, directory)
         _start_serve(serve)
     except Exception as error:
         raise ClusterError(f"the local Ray does not start: {first_line(error)}") from error
+
+
+def _init_ray(ray: Any, config: ServingConfig, directory: Path) -> None:
+    options: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": config.cluster.num_cpus,
+        "num_gpus": _claim_gpus(),
+        "include_dashboard": False,
+        "_temp_dir": str(directory),
+        "_node_ip_address": "127.0.0.1",
+        "logging_level": "ERROR",
+        "log_to_driver": False,
+        # Tensors never pass through Ray: the least it accepts, with room to spare.
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if "timed out" not in str(error):
+            raise
+        # Ray gives its own processes 30 s, which is short on a machine that is busy.
+        stop_ray()
+        ray.init(**options)
 
 
 def _claim_gpus() -> int:

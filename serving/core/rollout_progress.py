@@ -237,7 +237,9 @@ def _preparing(rollout: Rollout, snapshot: Snapshot) -> Finding:
     # Capacity before weight: all replicas, not the first.
     wanted = max(1, snapshot.canary_wanted)
     if snapshot.canary_ready >= wanted:
-        return Finding(Event.READY, f"all {wanted} replicas of version {rollout.canary} are ready")
+        who = "the replica" if wanted == 1 else f"all {wanted} replicas"
+        verb = "is" if wanted == 1 else "are"
+        return Finding(Event.READY, f"{who} of version {rollout.canary} {verb} ready")
     if snapshot.now - rollout.entered_at >= rollout.spec.ready_timeout_s:
         limit = span(rollout.spec.ready_timeout_s)
         return Finding(

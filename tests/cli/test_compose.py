@@ -23,6 +23,25 @@ def test_options_that_serve_does_not_take_are_one_sentence(tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_a_ray_that_is_slow_to_start_is_started_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = ["The current node timed out during startup.", "It timed out again.", "Others."]
+    did = []
+
+    class Ray:
+        @staticmethod
+        def init(**_: object) -> None:
+            did.append("start")
+            raise RuntimeError(errors.pop(0))
+
+    monkeypatch.setattr(compose, "stop_ray", lambda: did.append("stop"))
+    for words in ("It timed out again", "Others"):
+        with pytest.raises(RuntimeError, match=words):
+            compose._init_ray(Ray, parse_config({}, source="test"), tmp_path)
+    assert did == ["start", "stop", "start", "start"]
+
+
 def test_ray_counts_what_work_can_be_placed_on(
     nvml_here: FakeNvml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
