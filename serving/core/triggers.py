@@ -115,7 +115,9 @@ def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
 def _labels(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     """Answers that their late labels proved wrong."""
     both = Comparison(rollout.epochs, snapshot.counts, _wrong, assigned=False)
-    if rollout.spec.feedback is None and not any(both.canary):
+    arms = [arm for c in snapshot.counts.values() for arm in (c.stable, c.canary)]
+    labelled = any(row.labels[0] for arm in arms for row in arm.values())
+    if rollout.spec.feedback is None and not labelled:
         return hold(trigger, "the plan has no feedback, so labels are not taken: holds")
     facts = (
         f"canary was wrong in {out_of(both.canary, 'labelled answers')}, "

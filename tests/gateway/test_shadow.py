@@ -94,9 +94,12 @@ def test_copies_are_in_no_count_of_clients(rollout: Rollout) -> None:
     rollout.begin(0.0, shadow=1.0, compare=CLOSE)
     rollout.canary.backend.factor = 3
     ask(rollout, 5)
+    assert settle(rollout, 5) == (5, 5, 0)
     rollout.canary.backend.failure = RuntimeError("a bad version")
-    ask(rollout, 5)
-    assert settle(rollout, 10) == (10, 10, 0)
+    for n in range(6, 11):
+        # One at a time: copies that fail as a batch are one failure.
+        ask(rollout, 1)
+        assert settle(rollout, n) == (n, n, 0)
     gateway = rollout.gateway
     assert gateway.outcomes("m", "2") == {}
     sizes = gateway.run(lambda: gateway.batcher("m", "2").recorder.batch_size.counts)
@@ -111,8 +114,9 @@ def test_copies_are_in_no_count_of_clients(rollout: Rollout) -> None:
 def test_what_the_canary_fails_disagrees(rollout: Rollout, failure: Exception) -> None:
     rollout.begin(0.0, shadow=1.0, compare={"kind": "none"})
     rollout.canary.backend.failure = failure
-    ask(rollout, 3)
-    assert settle(rollout, 3) == (3, 3, 0)
+    for n in (1, 2, 3):
+        ask(rollout, 1)
+        assert settle(rollout, n) == (n, n, 0)
 
 
 def test_a_failed_batch_of_copies_disagrees_once(rollout: Rollout) -> None:

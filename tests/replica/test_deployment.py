@@ -153,7 +153,9 @@ class Cluster:
     def entries(self) -> list[dict[str, Any]]:
         if not self.log.exists():
             return []
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        # The last line may be on its way.
+        whole = self.log.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
 
     def heard(self, state: str, of: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first announcement with `state` that satisfies `of`; waits for it."""
