@@ -110,6 +110,8 @@ def started(system: System, check: Callable[[], None]) -> Iterator[Running]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    # SIGTERM ends a program without its `finally`, and the system, in its own session, would stay.
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         _wait(system, process, check, log)
         yield Running(system, process.pid)
@@ -118,9 +120,14 @@ def started(system: System, check: Callable[[], None]) -> Iterator[Running]:
         check()
     finally:
         left = _stop(process)
+        signal.signal(signal.SIGTERM, before)
     if left:
         raise BenchmarkError(f"{system.name} left processes behind (now killed): {', '.join(left)}")
     log.unlink()
+
+
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def _wait(

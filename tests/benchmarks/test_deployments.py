@@ -1,5 +1,6 @@
 """A peer is started, checked and stopped for real: the bare ASGI app."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -35,6 +36,23 @@ def test_a_started_system_answers_as_its_model_and_is_gone_afterwards(model: Pat
 
     with deployments.started(system, check) as running:
         assert [p.role for p in processes.usage(running.pid)] == ["benchmarks.peers.bare_asgi"]
+    assert not session(running.pid)
+
+
+def test_a_benchmark_that_is_terminated_leaves_nothing_behind(model: Path):
+    system = bare(model)
+
+    def check() -> None:
+        deployments.check_answer(system.url, body, 0, expected)
+
+    rows = models.mlp_rows()
+    body, expected = (
+        models.json_body("x", rows),
+        models.cpu_session(model).run(None, {"x": rows})[0],
+    )
+    with pytest.raises(SystemExit) as ended, deployments.started(system, check) as running:
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM
     assert not session(running.pid)
 
 
