@@ -43,12 +43,20 @@ class Admission(ABC):
         self._hold: asyncio.TimerHandle | None = None
         self._down_since: float | None = None
         self._retired = False
+        # Whether what waits is about to be sent.
+        self._scheduled = False
         # Whether this version has left for good.
         self.closed = False
 
-    @abstractmethod
     def _schedule(self) -> None:
         """Send what waits at the end of this turn of the loop."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._pump)
+
+    @abstractmethod
+    def _pump(self) -> None:
+        """Send what waits, as far as there is who takes it."""
 
     @abstractmethod
     def _close_if_settled(self) -> None:
@@ -98,12 +106,14 @@ class Admission(ABC):
                 self.recorder.refused(error.slug, monotonic() - call.arrival)
                 raise
         self._queue.push(call)
-        self._schedule()
+        if not self._scheduled:
+            self._schedule()
 
     def take(self, call: Call) -> None:
         """Queue a call for which there is room."""
         self._queue.push(call)
-        self._schedule()
+        if not self._scheduled:
+            self._schedule()
 
     def spare_rows(self) -> int:
         """How many more rows may wait without a second thought; -1 where no replica is ready."""

@@ -21,7 +21,6 @@ from serving.gateway.usage import DIRECT, FAILED, NOBODY, SHADOW
 if TYPE_CHECKING:
     from serving.gateway.infer import Call
     from serving.gateway.recorder import ArmRecorder
-    from serving.gateway.trials import Trial
     from serving.gateway.usage import UsageMeter
 
 log = logging.getLogger(__name__)
@@ -117,49 +116,60 @@ def hand_out(
     batch: list[Call], answer: BatchAnswer, arm: Arm, recorder: ArmRecorder, replica: str
 ) -> None:
     """Give every caller that still waits its part of what `replica` answered."""
-    # By trial, the latencies of its requests that are answered now; it is mostly one.
-    counted: dict[Trial, list[float]] = {}
-    current: Trial | None = None
+    # By position, how long those took that are answered now; of the others it means nothing.
     latencies: list[float] = []
     # Calls that this answer comes too late for, or is of no use to.
-    wasted: list[Call] = []
     missed: set[int] = set()
     for position, call in enumerate(batch):
         if call.done:
-            wasted.append(call)
             missed.add(position)
+            latencies.append(0.0)
             continue
         call.done = True
         try:
             finished = call.sink.answered(call, answer, position)
         except ServingError as error:
-            wasted.append(call)
             missed.add(position)
+            finished = 0.0
             _undelivered(batch, call, error)
         except Exception:
-            wasted.append(call)
             missed.add(position)
+            finished = 0.0
             # One answer that cannot be written must not cost its batch-mates theirs.
             log.exception("an answer of model %s could not be delivered", arm.model)
             failure = ServingError("internal error while the answer was written")
             _undelivered(batch, call, failure)
-        else:
-            total = finished - call.arrival
-            if not call.unseen:
-                queue = call.sent - call.arrival + answer.queue
-                recorder.answered(total, queue, answer.compute)
-            else:
-                wasted.append(call)
-            if (trial := call.trial) is not None:
-                if trial is not current:
-                    current, latencies = trial, counted.setdefault(trial, [])
-                latencies.append(total)
+        latencies.append(finished - call.arrival)
+    _count(batch, answer, latencies, missed, recorder, replica)
+
+
+def _count(
+    batch: list[Call],
+    answer: BatchAnswer,
+    latencies: list[float],
+    missed: set[int],
+    recorder: ArmRecorder,
+    replica: str,
+) -> None:
+    """Count a batch of which all but those `missed` were answered, after so many seconds each."""
+    trials = {call.trial for call in batch}
+    wasted: list[Call] = []
+    seen, taken = batch, latencies
+    if missed or True in [call.unseen for call in batch]:
+        wasted = [call for i, call in enumerate(batch) if i in missed or call.unseen]
+        kept = [i for i, call in enumerate(batch) if i not in missed and not call.unseen]
+        seen, taken = [batch[i] for i in kept], [latencies[i] for i in kept]
+    recorder.answered(taken, [c.sent - c.arrival + answer.queue for c in seen], answer.compute)
     _count_usage(recorder.usage, replica, batch, answer, wasted)
-    for trial, latencies in counted.items():
-        positions: Sequence[int] = range(len(batch))
-        if len(latencies) < len(batch):
-            positions = [i for i in positions if batch[i].trial is trial and i not in missed]
-        trial.batch_answered(replica, batch, positions, latencies, answer)
+    for trial in trials:
+        if trial is None:
+            continue
+        if len(trials) == 1 and not missed:
+            trial.batch_answered(replica, batch, range(len(batch)), latencies, answer)
+            continue
+        own = [i for i, call in enumerate(batch) if call.trial is trial and i not in missed]
+        if own:
+            trial.batch_answered(replica, batch, own, [latencies[i] for i in own], answer)
 
 
 def _count_usage(

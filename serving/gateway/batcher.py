@@ -48,7 +48,6 @@ class ArmBatcher(Admission):
         self.stable = self
         self._limits = limits
         self._suspects = Suspects(self._queue, self._links)
-        self._scheduled = False
         self._delay: asyncio.TimerHandle | None = None
         self._batched = arm.signature.batch is not Batch.NONE
         self._layouts = OutgoingLayouts(arm.signature)
@@ -107,11 +106,6 @@ class ArmBatcher(Admission):
             self._close_if_settled()
 
     # Dispatch.
-
-    def _schedule(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
         self._scheduled = False

@@ -42,8 +42,8 @@ class Draws:
         self.draw = Draw()
 
     def begin(self) -> None:
-        """Draw for a request, and for those that come in the same turn."""
-        self.left = MOST - 1
+        """Draw for the requests that come in this turn."""
+        self.left = MOST
         self.draw = Draw()
         self.point = self._random()
         self._loop.call_soon(self.end)

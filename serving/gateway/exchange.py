@@ -191,7 +191,7 @@ class Exchange:
             timeout = None if headers.timeout is None else parse_timeout(headers.timeout)
             if self.given_id is not None and not is_request_id(self.given_id):
                 raise InvalidRequest(BAD_REQUEST_ID)
-            request = arm.codec.decode(body, json_length)
+            request = arm.stable.codec.decode(body, json_length)
         except Exception as error:
             self._refuse(error)
             return

@@ -4,7 +4,7 @@ Nothing here knows Prometheus: a gateway reports its totals since start to the c
 tick, and the controller exposes the sum over gateways when it is scraped. Totals, not differences,
 so a lost report loses nothing.
 
-An answer costs three appends: its times are put into buckets later, thousands at once.
+A run costs three appends: its times are put into buckets later, thousands at once.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ class ArmRecorder:
         self._settle()
         return dict(self._outcomes)
 
-    def answered(self, total: float, queue: float, compute: float) -> None:
-        """Count a request that the model answered."""
-        self._latency.append(total)
-        self._queue.append(queue)
-        self._compute.append(compute)
+    def answered(self, totals: list[float], queues: list[float], compute: float) -> None:
+        """Count requests that the model answered in one run, each with its own time in a queue."""
+        self._latency.extend(totals)
+        self._queue.extend(queues)
+        self._compute.extend([compute] * len(totals))
         if len(self._latency) >= _MAX_PENDING:
             self._settle()
 

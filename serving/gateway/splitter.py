@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,6 +38,43 @@ _CANARY_SHARE: Final = 0.5
 
 class Splitter:
     """One rollout's split at this gateway. It outlives the epochs of its rollout."""
+
+    __slots__ = (
+        "_by_id",
+        "_canary_trial",
+        "_draws",
+        "_enough",
+        "_epoch",
+        "_overrides",
+        "_patience",
+        "_plain",
+        "_room",
+        "_salt",
+        "_shadowing",
+        "_shield",
+        "_spare",
+        "_stable_trial",
+        "_trials",
+        "_uncounted",
+        "_unit",
+        "_units",
+        "_waiting",
+        "_watch",
+        "_weight",
+        "arm",
+        "breaker",
+        "canary",
+        "diverted",
+        "headers",
+        "memory",
+        "overridden",
+        "recorder",
+        "rollout",
+        "shadow",
+        "shielded",
+        "stable",
+        "sticks",
+    )
 
     def __init__(
         self,
@@ -70,9 +108,11 @@ class Splitter:
         # Rows that waited at the canary when it began, how many more could have without a second
         # thought, and how many of these it has left.
         self._waiting = self._room = self._spare = 0
+        # As long as it has so many left, neither arm needs one about a request that is stable's.
+        self._enough = math.inf
         # With so much time there is no second thought about a request.
         share = _CANARY_SHARE if split.shield else 1.0
-        self._patience = canary.arm.queue_max_wait_s / share
+        self._patience = max(canary.arm.queue_max_wait_s / share, stable.arm.queue_max_wait_s)
         # Of a request that is not in either arm yet: the settings, and what counts its refusal.
         self.arm, self.recorder = stable.arm, stable.recorder
         self._weight = split.weight
@@ -93,6 +133,8 @@ class Splitter:
         self._stable_trial.observer = self._canary_trial.observer = self._observer(split)
         self.shadow.configure(split, stable, canary)
         self._shadowing = split.shadow > 0
+        # Whether nothing but chance and an id says where a request goes, and it goes nowhere else.
+        self._plain = self._by_id and not self._overrides and not self._shadowing
 
     def _observer(self, split: Split) -> Observer | None:
         if not split.observe and not split.feedback:
@@ -115,7 +157,25 @@ class Splitter:
         return self.stable.codec
 
     def admit(self, call: Call) -> None:
-        """Choose the arm of a request and queue it there. Raises `Overloaded` or `Unavailable`.
+        """Choose the arm of a request and queue it there. Raises `Overloaded` or `Unavailable`."""
+        if not self._plain or call.sink.given_id:
+            self._admit(call)
+            return
+        draws = self._draws
+        if not draws.left:
+            self._begin_draw()
+        spare = self._spare - call.rows
+        if spare < self._enough or call.deadline - call.arrival < self._patience:
+            self._admit(call)
+            return
+        # Most requests: drawn for stable, while both arms have room.
+        draws.left -= 1
+        self._spare = spare
+        call.draw, call.trial = draws.draw, self._stable_trial
+        self.stable.take(call)
+
+    def _admit(self, call: Call) -> None:
+        """Choose the arm of any request.
 
         A request is evidence, whichever arm it is drawn for, only if either could take it just
         then. Where it is drawn for a canary that cannot, stable takes it. Otherwise the canary's
@@ -133,11 +193,9 @@ class Splitter:
         if not name:
             # Nobody, or an empty value that all have who are nobody.
             draws = self._draws
-            if draws.left:
-                draws.left -= 1
-            else:
-                draws.begin()
-                self._look()
+            if not draws.left:
+                self._begin_draw()
+            draws.left -= 1
             call.draw, point = draws.draw, draws.point
             self._spare = spare = self._spare - call.rows
         else:
@@ -169,13 +227,20 @@ class Splitter:
         name = call.sink.given_id if self._by_id else None
         return None if name is None else self._units.of(name)
 
-    def _look(self) -> None:
-        """Look how much room the canary has before a draw.
+    def _begin_draw(self) -> None:
+        """Look how much room the canary has, and draw.
 
         Whether a request of the draw fits must not depend on how the draw falls.
         """
-        self._spare = self._room = -1 if self.breaker.open else self.canary.spare_rows()
+        room = -1 if self.breaker.open else self.canary.spare_rows()
+        self._spare = self._room = room
         self._waiting = self.canary.queue_depth
+        self._draws.begin()
+        self._enough = math.inf
+        if self._plain and self._draws.point >= self._weight:
+            stables = self.stable.spare_rows()
+            if stables >= 0:
+                self._enough = max(0, room - stables)
 
     def _rows_before(self, call: Call) -> int:
         """The rows of a call's draw before its own."""

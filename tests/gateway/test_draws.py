@@ -26,10 +26,9 @@ def points(draws: Draws, count: int) -> tuple[list[float], list[Draw]]:
     """Where `count` requests of one turn lie, and their draws, as a splitter takes them."""
     found, shared = [], []
     for _ in range(count):
-        if draws.left:
-            draws.left -= 1
-        else:
+        if not draws.left:
             draws.begin()
+        draws.left -= 1
         found.append(draws.point)
         shared.append(draws.draw)
     return found, shared

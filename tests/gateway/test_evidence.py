@@ -12,7 +12,7 @@ from tests.gateway.client import Client, infer
 from tests.gateway.harness import Gateway, eventually
 from tests.gateway.rollouts import SALT, Rollout, answered_by, arm_of
 from tests.gateway.test_batches import callers
-from tests.gateway.test_draws import accepted, ask_at_once
+from tests.gateway.test_draws import accepted, ask_at_once, one_turn
 from tests.gateway.test_shield import fails
 
 IDS = [f"request-{i}" for i in range(2000)]
@@ -92,6 +92,18 @@ def test_what_of_a_draw_counts_does_not_depend_on_how_it_falls(rollout: Rollout)
     assert rollout.canary_counts(0).requests == 3
     assert rollout.stable_counts(0).requests == 0
     assert rollout.stable_counts(1).requests == 3
+
+
+def test_a_draw_is_let_in_as_far_as_stable_has_room(rollout: Rollout) -> None:
+    rollout.limits, rollout.canary_limits = {"queue_max_rows": 3}, {"queue_max_rows": 100}
+    rollout.begin(1e-9)
+    with accepted(rollout.gateway, 8) as clients:
+        with one_turn(rollout.gateway):
+            for n, client in enumerate(clients):
+                client.send(infer("m", n))
+        statuses = [client.reply().status for client in clients]
+    assert statuses == [200] * 3 + [429] * 5
+    assert rollout.stable_counts().requests == 3
 
 
 def test_while_the_breaker_is_open_neither_arm_counts(

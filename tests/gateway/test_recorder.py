@@ -37,7 +37,7 @@ def test_a_bound_belongs_to_the_bucket_below_it() -> None:
 def test_every_answer_is_in_every_histogram(count: int) -> None:
     recorder = ArmRecorder()
     for i in range(count):
-        recorder.answered(0.5, 0.125, 0.25)
+        recorder.answered([0.5], [0.125], 0.25)
         if i % 1000 == 0:
             assert sum(recorder.to_dict()["latency"]["counts"]) == i + 1
     totals = recorder.to_dict()
