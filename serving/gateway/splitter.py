@@ -18,12 +18,11 @@ from serving.core.routing import Split
 from serving.errors import ServingError
 from serving.gateway.breaker import Breaker
 from serving.gateway.draws import Draws
-from serving.gateway.headers import COOKIE
 from serving.gateway.infer import TICK_S, Call, Sink, monotonic
 from serving.gateway.observer import Memory, Observer
 from serving.gateway.shadow import Shadow
 from serving.gateway.trials import CANARY, STABLE, Trial, Unit
-from serving.gateway.units import Units
+from serving.gateway.units import Units, unit_finder, unit_headers
 
 if TYPE_CHECKING:
     from serving.core.protocol import InferCodec
@@ -40,41 +39,12 @@ class Splitter:
     """One rollout's split at this gateway. It outlives the epochs of its rollout."""
 
     __slots__ = (
-        "_by_id",
-        "_canary_trial",
-        "_draws",
-        "_enough",
-        "_epoch",
-        "_overrides",
-        "_patience",
-        "_plain",
-        "_room",
-        "_salt",
-        "_shadowing",
-        "_shield",
-        "_spare",
-        "_stable_trial",
-        "_trials",
-        "_uncounted",
-        "_unit",
-        "_units",
-        "_waiting",
-        "_watch",
-        "_weight",
-        "arm",
-        "breaker",
-        "canary",
-        "diverted",
-        "headers",
-        "memory",
-        "overridden",
-        "recorder",
-        "rollout",
-        "shadow",
-        "shielded",
-        "stable",
-        "sticks",
-    )
+        "_by_id", "_canary_trial", "_draws", "_enough", "_epoch", "_overrides", "_patience",
+        "_plain", "_room", "_salt", "_shadowing", "_shield", "_spare", "_stable_trial", "_trials",
+        "_uncounted", "_unit", "_units", "_waiting", "_watch", "_weight", "arm", "breaker",
+        "canary", "diverted", "headers", "memory", "overridden", "recorder", "rollout", "shadow",
+        "shielded", "stable", "sticks",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -120,9 +90,9 @@ class Splitter:
         self._shield = split.shield
         self._overrides = [(n.encode(), v.encode(), arm) for n, v, arm in split.overrides]
         # What sticks to an arm; it gives None where a request is drawn by chance.
-        self._unit = _unit_finder(split.unit)
+        self._unit = unit_finder(split.unit)
         self._by_id = split.unit == "request"
-        self.headers = frozenset({*(n for n, _, _ in self._overrides), *_unit_headers(split.unit)})
+        self.headers = frozenset({*(n for n, _, _ in self._overrides), *unit_headers(split.unit)})
         if split.epoch != self._epoch:
             self._epoch, self._units = split.epoch, Units(self._salt)
         self._stable_trial = self._trial(split.epoch, STABLE)
@@ -404,35 +374,3 @@ class _Judged:
 
     def reply_id(self) -> bytes:
         return self._call.sink.reply_id()
-
-
-def _unit_headers(unit: str) -> list[bytes]:
-    """The request headers that a kind of unit is found in; names are lower-case."""
-    kind, _, name = unit.partition(":")
-    return {"header": [name.lower().encode()], "cookie": [COOKIE]}.get(kind, [])
-
-
-def _unit_finder(unit: str) -> Callable[[Call], bytes | None]:
-    """Finds a request's unit, which is of a kind that `Split` names."""
-    kind, _, name = unit.partition(":")
-    if kind == "parameter":
-        return lambda call: _text(call.request.parameters.get(name))
-    if kind == "cookie":
-        return lambda call: _cookie(call.sink.header(COOKIE), name.encode())
-    if kind == "header":
-        header = name.lower().encode()
-        return lambda call: call.sink.header(header)
-    return lambda call: call.sink.given_id
-
-
-def _text(value: object) -> bytes | None:
-    return None if value is None else str(value).encode()
-
-
-def _cookie(header: bytes | None, name: bytes) -> bytes | None:
-    """A cookie's value. Whatever else is in the header, well-formed or not, is passed over."""
-    for pair in (header or b"").split(b";"):
-        key, separator, value = pair.partition(b"=")
-        if separator and key.strip() == name:
-            return value.strip().strip(b'"')
-    return None
