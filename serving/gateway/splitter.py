@@ -25,7 +25,6 @@ from serving.gateway.trials import CANARY, STABLE, Trial, Unit
 from serving.gateway.units import Units, unit_finder, unit_headers
 
 if TYPE_CHECKING:
-    from serving.core.protocol import InferCodec
     from serving.gateway.answers import BatchAnswer
     from serving.gateway.batcher import ArmBatcher
 
@@ -39,11 +38,11 @@ class Splitter:
     """One rollout's split at this gateway. It outlives the epochs of its rollout."""
 
     __slots__ = (
-        "_by_id", "_canary_trial", "_draws", "_enough", "_epoch", "_overrides", "_patience",
-        "_plain", "_room", "_salt", "_shadowing", "_shield", "_spare", "_stable_trial", "_trials",
-        "_uncounted", "_unit", "_units", "_waiting", "_watch", "_weight", "arm", "breaker",
-        "canary", "diverted", "headers", "memory", "overridden", "recorder", "rollout", "shadow",
-        "shielded", "stable", "sticks",
+        "_by_id", "_canary_trial", "_draws", "_elsewhere", "_enough", "_epoch", "_overrides",
+        "_patience", "_plain", "_room", "_salt", "_shadowing", "_shield", "_spare", "_stable_trial",
+        "_trials", "_uncounted", "_unit", "_units", "_waiting", "_watch", "_weight", "arm",
+        "breaker", "canary", "diverted", "headers", "memory", "overridden", "recorder", "rollout",
+        "shadow", "shielded", "stable", "sticks",
     )  # fmt: skip
 
     def __init__(
@@ -78,11 +77,13 @@ class Splitter:
         # Rows that waited at the canary when it began, how many more could have without a second
         # thought, and how many of these it has left.
         self._waiting = self._room = self._spare = 0
-        # As long as it has so many left, neither arm needs one about a request that is stable's.
+        # Rows of its draw that it had instead of stable, which had room for them.
+        self._elsewhere = 0
+        # As long as it has so many left, it needs none about a request that is stable's.
         self._enough = math.inf
         # With so much time there is no second thought about a request.
         share = _CANARY_SHARE if split.shield else 1.0
-        self._patience = max(canary.arm.queue_max_wait_s / share, stable.arm.queue_max_wait_s)
+        self._patience = canary.arm.queue_max_wait_s / share
         # Of a request that is not in either arm yet: the settings, and what counts its refusal.
         self.arm, self.recorder = stable.arm, stable.recorder
         self._weight = split.weight
@@ -121,11 +122,6 @@ class Splitter:
 
     # What the pipeline uses of a batcher.
 
-    @property
-    def codec(self) -> InferCodec:
-        """Both arms have one signature: stable's codec reads for either."""
-        return self.stable.codec
-
     def admit(self, call: Call) -> None:
         """Choose the arm of a request and queue it there. Raises `Overloaded` or `Unavailable`."""
         if not self._plain or call.sink.given_id:
@@ -135,14 +131,18 @@ class Splitter:
         if not draws.left:
             self._begin_draw()
         spare = self._spare - call.rows
-        if spare < self._enough or call.deadline - call.arrival < self._patience:
+        if (
+            spare < self._enough
+            or call.deadline - call.arrival < self._patience
+            or not self.canary.ready
+        ):
             self._admit(call)
             return
-        # Most requests: drawn for stable, while both arms have room.
+        # Most requests: drawn for stable, while the canary has room.
         draws.left -= 1
         self._spare = spare
         call.draw, call.trial = draws.draw, self._stable_trial
-        self.stable.take(call)
+        self.stable.admit(call)
 
     def _admit(self, call: Call) -> None:
         """Choose the arm of any request.
@@ -177,16 +177,19 @@ class Splitter:
                 call.draw, point, self.sticks = unit, unit.point, True
             spare = -1 if self.breaker.open else self.canary.spare_rows() - call.rows
         # Most of the time there is no need for a second thought.
-        fits = (spare >= 0 and call.deadline - call.arrival >= self._patience) or self._has_room(
-            call, drawn=not name
-        )
+        fits = (
+            spare >= 0
+            and call.deadline - call.arrival >= self._patience
+            # A draw's room was seen before: its replica may have been lost since.
+            and self.canary.ready
+        ) or self._has_room(call, drawn=not name)
         if point >= self._weight:
             if fits:
                 call.trial = self._stable_trial
             if self._shadowing:
                 self.shadow.sample(call)
             self.stable.admit(call)
-        elif fits and self.canary.ready:
+        elif fits:
             self._send_to_canary(call, drawn=not name)
         elif not self._goes_all_the_same(call):
             self.diverted += 1
@@ -205,12 +208,9 @@ class Splitter:
         room = -1 if self.breaker.open else self.canary.spare_rows()
         self._spare = self._room = room
         self._waiting = self.canary.queue_depth
+        self._elsewhere = 0
         self._draws.begin()
-        self._enough = math.inf
-        if self._plain and self._draws.point >= self._weight:
-            stables = self.stable.spare_rows()
-            if stables >= 0:
-                self._enough = max(0, room - stables)
+        self._enough = 0 if self._draws.point >= self._weight else math.inf
 
     def _rows_before(self, call: Call) -> int:
         """The rows of a call's draw before its own."""
@@ -235,9 +235,11 @@ class Splitter:
     def _send_to_canary(self, call: Call, *, drawn: bool) -> None:
         stable = self.stable
         # What stable would refuse is in none of its counts.
-        ahead = stable.queue_depth + (self._rows_before(call) if drawn else 0)
+        ahead = stable.queue_depth + (self._elsewhere if drawn else 0)
         if stable.has_room_behind(ahead, call, call.deadline):
             call.trial = self._canary_trial
+            if drawn:
+                self._elsewhere += call.rows
         else:
             call.trial, call.draw = self._uncounted, None
         self._give(call)

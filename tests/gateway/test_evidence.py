@@ -8,7 +8,7 @@ import pytest
 
 from serving.core.assignment import unit_point
 from serving.gateway import breaker
-from tests.gateway.client import Client, infer
+from tests.gateway.client import Client, body, infer, post
 from tests.gateway.harness import Gateway, eventually
 from tests.gateway.rollouts import SALT, Rollout, answered_by, arm_of
 from tests.gateway.test_batches import callers
@@ -104,6 +104,74 @@ def test_a_draw_is_let_in_as_far_as_stable_has_room(rollout: Rollout) -> None:
         statuses = [client.reply().status for client in clients]
     assert statuses == [200] * 3 + [429] * 5
     assert rollout.stable_counts().requests == 3
+
+
+@pytest.mark.parametrize("arm", ["stable", "canary"])
+def test_a_draw_has_the_room_that_others_of_its_turn_leave_at_stable(
+    rollout: Rollout, arm: str
+) -> None:
+    rollout.limits, rollout.canary_limits = {"queue_max_rows": 3}, {"queue_max_rows": 100}
+    rollout.begin(1.0 if arm == "canary" else 1e-9)
+    drawn, pinned = infer("m", 1), post("/v2/models/m/versions/1/infer", body(1))
+    with accepted(rollout.gateway, 6) as clients:
+        with one_turn(rollout.gateway):
+            for client, request in zip(clients, [drawn, pinned, pinned, *[drawn] * 3], strict=True):
+                client.send(request)
+        statuses = [client.reply().status for client in clients]
+    # Of the canary's, the first is alone with stable's two.
+    assert statuses == [200] * 3 + [429 if arm == "stable" else 200] * 3
+    assert rollout.counts().arm(arm).requests == 1
+
+
+@pytest.mark.parametrize("arm", ["stable", "canary"])
+def test_what_stable_refuses_of_a_draw_takes_no_room_from_the_rest(
+    rollout: Rollout, arm: str
+) -> None:
+    rollout.limits, rollout.canary_limits = {"queue_max_rows": 4}, {"queue_max_rows": 100}
+    rollout.begin(1.0 if arm == "canary" else 1e-9)
+    with accepted(rollout.gateway, 3) as clients:
+        with one_turn(rollout.gateway):
+            for client, rows in zip(clients, (3, 5, 1), strict=True):
+                client.send(infer("m", *range(rows)))
+        statuses = [client.reply().status for client in clients]
+    assert statuses == [200, 429 if arm == "stable" else 200, 200]
+    assert rollout.counts().arm(arm).requests == 2
+
+
+def lose_between(rollout: Rollout, version: str, clients: Sequence[Client]) -> None:
+    """A version loses its replica in one turn, after the first client's request."""
+    gateway = rollout.gateway
+    first, *others = [gateway.connection(client) for client in clients]
+    (link,) = gateway.batcher("m", version).links.values()
+
+    def turn() -> None:
+        first.data_received(infer("m", 1))
+        link.lost()
+        for connection in others:
+            connection.data_received(infer("m", 1))
+
+    gateway.run(turn)
+
+
+def test_stable_lost_in_the_middle_of_a_draw_refuses_the_rest_at_once(rollout: Rollout) -> None:
+    rollout.limits = {"queue_hold_s": 0.0}
+    rollout.begin(1e-9)
+    with callers(rollout.gateway, 3) as clients:
+        lose_between(rollout, "1", clients)
+        assert [client.reply().status for client in clients] == [503] * 3
+    assert rollout.gateway.outcomes("m", "1") == {"unavailable": 3}
+
+
+@pytest.mark.parametrize("arm", ["stable", "canary"])
+def test_a_canary_lost_in_the_middle_of_a_draw_ends_what_counts_of_it(
+    rollout: Rollout, arm: str
+) -> None:
+    rollout.begin(1.0 if arm == "canary" else 1e-9, shield=False)
+    with callers(rollout.gateway, 3) as clients:
+        lose_between(rollout, "2", clients)
+        arms = [answered_by(client.reply()) for client in clients]
+    assert arms == [arm, "stable", "stable"]
+    assert rollout.counts().arm(arm).requests == 1
 
 
 def test_while_the_breaker_is_open_neither_arm_counts(
