@@ -119,8 +119,13 @@ def started(system: System, check: Callable[[], None]) -> Iterator[Running]:
             raise BenchmarkError(f"{system.name} ended while it was measured; see {log}")
         check()
     finally:
+        # To be terminated once more, or only now, must not keep it from being stopped.
+        terminated: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
         left = _stop(process)
         signal.signal(signal.SIGTERM, before)
+        if terminated:
+            _leave(terminated[0], None)
     if left:
         raise BenchmarkError(f"{system.name} left processes behind (now killed): {', '.join(left)}")
     log.unlink()

@@ -1,6 +1,7 @@
 """A peer is started, checked and stopped for real: the bare ASGI app."""
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,21 +40,33 @@ def test_a_started_system_answers_as_its_model_and_is_gone_afterwards(model: Pat
     assert not session(running.pid)
 
 
-def test_a_benchmark_that_is_terminated_leaves_nothing_behind(model: Path):
+@pytest.mark.parametrize("again", [False, True], ids=["once", "again meanwhile"])
+def test_a_benchmark_that_is_terminated_leaves_nothing_behind(
+    model: Path, again: bool, monkeypatch: pytest.MonkeyPatch
+):
     system = bare(model)
+    stop = deployments._stop
 
     def check() -> None:
         deployments.check_answer(system.url, body, 0, expected)
+
+    def stop_after_another(process: subprocess.Popen[bytes]) -> list[str]:
+        signal.raise_signal(signal.SIGTERM)
+        return stop(process)
 
     rows = models.mlp_rows()
     body, expected = (
         models.json_body("x", rows),
         models.cpu_session(model).run(None, {"x": rows})[0],
     )
+    if again:
+        monkeypatch.setattr(deployments, "_stop", stop_after_another)
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended, deployments.started(system, check) as running:
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 128 + signal.SIGTERM
     assert not session(running.pid)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_wrong_answer_stops_the_benchmark(model: Path):
