@@ -82,14 +82,14 @@ def test_a_failed_batch_of_a_leaving_version_is_run_again(
 def test_a_leaving_version_that_lost_its_replicas(gateway: Gateway, new: NewReplica) -> None:
     """What waits is answered in the end, and then nothing of the version is left."""
     first, second = new("v1"), new("v2")
-    gateway.publish(arm("m", [first], queue_hold_s=0.3))
+    gateway.publish(arm("m", [first], queue_hold_s=1.5))
     batcher = gateway.batcher("m")
     first.stop()
     gateway.until(lambda: not batcher.ready)
     with callers(gateway, 2) as clients:
         # Those that name no version would be handed to the next one.
         clients[0].send(infer("m/versions/1", 1))
-        clients[1].send(infer("m/versions/1", 1, parameters={"timeout": 50_000}))
+        clients[1].send(infer("m/versions/1", 1, parameters={"timeout": 400_000}))
         gateway.until(lambda: batcher.queue_depth == 2)
         gateway.publish(arm("m", [second], version="2"))
         assert clients[1].reply().status == 504
