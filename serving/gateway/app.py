@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from serving.core import metadata
 from serving.core.metadata import IndexEntry
 from serving.core.protocol import encode_error
 from serving.core.routing import Arm
-from serving.errors import InvalidRequest, ServingError
+from serving.errors import InvalidRequest, ServingError, Unavailable
 from serving.gateway.routes import Routes
 
 # What works, under the names that clients look for.
@@ -81,9 +82,12 @@ class _Api:
         return _json(metadata.model_metadata(arm, versions))
 
     async def model_ready(self, request: Request) -> Response:
-        batcher = self._routes.arm(*_names(request))
-        ready = batcher.accepts
-        return _json(metadata.model_ready(batcher.arm.model, ready), 200 if ready else 400)
+        model, version = _names(request)
+        try:
+            ready = self._routes.arm(model, version).accepts
+        except Unavailable:
+            ready = False
+        return _json(metadata.model_ready(model, ready), 200 if ready else 400)
 
     async def model_config(self, request: Request) -> Response:
         return _json(metadata.model_config(self._arm(request)))
@@ -126,13 +130,19 @@ def _json(body: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(body), status, media_type="application/json")
 
 
+def _retry_after(error: ServingError) -> dict[str, str]:
+    """The header that says when to try again, where the error does."""
+    seconds = error.retry_after_s
+    return {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
+
+
 def _error(message: str, status: int, headers: dict[str, str] | None = None) -> Response:
     return Response(encode_error(message), status, headers, media_type="application/json")
 
 
 async def _serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    return _error(str(error), error.http_status)
+    return _error(str(error), error.http_status, _retry_after(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -216,13 +216,13 @@ def test_a_killed_gateway_comes_back(deployment: Deployment) -> None:
     )
     os.kill(gateway, signal.SIGKILL)
 
-    def answers() -> bool:
+    def answer() -> int | None:
         try:
-            return post_body(deployment.port, "mlp", mlp_body(1))[0] == 200
+            return post_body(deployment.port, "mlp", mlp_body(1))[0]
         except OSError:
-            return False
+            return None
 
-    eventually(answers, "a new gateway answers")
+    assert eventually(answer, "a new gateway answers") == 200, "it begins without routes"
 
 
 def test_a_new_version_replaces_the_old_without_a_failed_request(deployment: Deployment) -> None:
