@@ -18,7 +18,7 @@ from serving.core import metadata
 from serving.core.metadata import IndexEntry
 from serving.core.protocol import encode_error
 from serving.core.routing import Arm
-from serving.errors import InvalidRequest, ServingError, Unavailable
+from serving.errors import InvalidRequest, ServingError, Unavailable, Unsupported
 from serving.gateway.routes import Routes
 
 # What works, under the names that clients look for.
@@ -29,6 +29,19 @@ EXTENSIONS: Final = (
     "parameters",
     "schedule_policy",
 )
+
+# What clients call of extensions that are not there: a 404 would read as an unknown model.
+_ABSENT: Final = {
+    "statistics": (
+        "/v2/models/{model}/stats",
+        "/v2/models/{model}/versions/{version}/stats",
+    ),
+    "model_repository": ("/v2/repository/models/{model}/{action}",),
+    "system_shared_memory": ("/v2/systemsharedmemory/{rest:path}",),
+    "cuda_shared_memory": ("/v2/cudasharedmemory/{rest:path}",),
+    "trace": ("/v2/trace/setting", "/v2/models/{model}/trace/setting"),
+    "logging": ("/v2/logging",),
+}
 
 
 def create_app(routes: Routes, server_name: str) -> Starlette:
@@ -48,6 +61,7 @@ def create_app(routes: Routes, server_name: str) -> Starlette:
             # The connection takes these itself; here are the methods that they do not have.
             *(Route(base + "/infer", api.infer, methods=["POST"]) for base in (model, version)),
             Route("/v2/repository/index", api.repository_index, methods=["POST"]),
+            *_absent_routes(),
         ],
         exception_handlers={
             ServingError: _serving_error,
@@ -59,6 +73,17 @@ def create_app(routes: Routes, server_name: str) -> Starlette:
     # A redirect would quote the Host header, and no client of the protocol needs one.
     app.router.redirect_slashes = False
     return app
+
+
+def _absent_routes() -> Iterator[Route]:
+    for extension, paths in _ABSENT.items():
+
+        async def refuse(request: Request, extension: str = extension) -> Response:
+            raise Unsupported(
+                f"this server does not have the extension {extension!r}; GET /v2 lists what it has"
+            )
+
+        yield from (Route(path, refuse, methods=["GET", "POST"]) for path in paths)
 
 
 class _Api:
