@@ -63,7 +63,7 @@ def infer(
     if version is not None:
         base += f"/versions/{quote(version, safe='')}"
     declared = _call(base, None, {}, timeout)[0]["inputs"]
-    body, headers = _encode(_read_inputs(source, declared))
+    body, headers = _encode(*_read(source, declared))
     answer, tail = _call(f"{base}/infer", body, {**headers, **_credentials()}, timeout)
     typer.echo(json.dumps(_decode(answer, tail), indent=2))
 
@@ -88,36 +88,75 @@ def _name_and_version(model: str, version: str | None, file: Path | None) -> tup
     return name, ref
 
 
-def _read_inputs(source: Path, declared: list[dict[str, Any]]) -> list[tuple[str, str, Array]]:
-    """(name, datatype, array) by input. Raises `ConfigError`."""
+def _read(
+    source: Path, declared: list[dict[str, Any]]
+) -> tuple[list[tuple[dict[str, Any], Array]], dict[str, Any]]:
+    """(members but for its data, array) by input; and what else the request says.
+
+    Only a file that is a whole request says more. Raises `ConfigError`.
+    """
     import numpy as np
 
+    rest: dict[str, Any] = {}
+    tensors: list[dict[str, Any]] | None = None
+    found: Mapping[str, Any] = {}
     try:
-        if source == STDIN:
-            source = Path("standard input")  # for messages
-            found: Mapping[str, Any] = _from_json(source, sys.stdin.read(), declared)
+        if source == STDIN or source.suffix == ".json":
+            text = sys.stdin.read() if source == STDIN else source.read_text(encoding="utf-8")
+            source = Path("standard input") if source == STDIN else source  # for messages
+            parsed = json.loads(text)
+            if isinstance(parsed, dict) and isinstance(parsed.get("inputs"), list):
+                tensors = parsed.pop("inputs")
+                rest = parsed
+            else:
+                found = _from_json(source, parsed, declared)
         elif source.suffix == ".npz":
             with np.load(source, allow_pickle=False) as archive:
                 found = {key: archive[key] for key in archive.files}
         elif source.suffix == ".npy":
             found = {_only(source, declared): np.load(source, allow_pickle=False)}
-        elif source.suffix == ".json":
-            found = _from_json(source, source.read_text(encoding="utf-8"), declared)
         else:
             raise ConfigError(f"{source}: expected a .npz, .npy or .json file, or - for stdin")
+        if tensors is None:
+            tensors = [{"name": name, "data": value} for name, value in found.items()]
+        else:
+            tensors = [_shaped(source, tensor) for tensor in tensors]
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{source}: {error}") from error
-    datatypes = {tensor["name"]: tensor["datatype"] for tensor in declared}
-    if unknown := found.keys() - datatypes.keys():
+    return [_checked(source, tensor, declared) for tensor in tensors], rest
+
+
+def _shaped(source: Path, tensor: Any) -> dict[str, Any]:
+    """An input of a request with its data in its shape."""
+    import numpy as np
+
+    try:
+        shape = tensor["shape"]
+        members = {k: v for k, v in tensor.items() if k != "shape"}
+        return {**members, "name": tensor["name"], "data": np.reshape(tensor["data"], shape)}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{source}: each of its inputs must have name, shape and data") from error
+
+
+def _checked(
+    source: Path, tensor: dict[str, Any], declared: list[dict[str, Any]]
+) -> tuple[dict[str, Any], Array]:
+    """An input in the model's datatype. Raises `ConfigError`."""
+    datatypes = {known["name"]: known["datatype"] for known in declared}
+    name = tensor["name"]
+    datatype = datatypes.get(name) if isinstance(name, str) else None
+    if datatype is None:
         raise ConfigError(
-            f"{source}: the model has no input {', '.join(sorted(unknown))}; "
-            f"its inputs: {', '.join(datatypes)}"
+            f"{source}: the model has no input {name}; its inputs: {', '.join(datatypes)}"
         )
-    return [
-        (key, datatypes[key], _to_wire(source, key, datatypes[key], found[key])) for key in found
-    ]
+    members = {"datatype": datatype, **{k: v for k, v in tensor.items() if k != "data"}}
+    if members["datatype"] != datatype:
+        raise ConfigError(
+            f"{source}: input {name} has datatype {members['datatype']}; the model takes {datatype}"
+        )
+    return members, _to_wire(source, name, datatype, tensor["data"])
 
 
 def _only(source: Path, declared: list[dict[str, Any]]) -> str:
@@ -127,23 +166,10 @@ def _only(source: Path, declared: list[dict[str, Any]]) -> str:
     return str(declared[0]["name"])
 
 
-def _from_json(source: Path, text: str, declared: list[dict[str, Any]]) -> Mapping[str, Any]:
+def _from_json(source: Path, parsed: Any, declared: list[dict[str, Any]]) -> Mapping[str, Any]:
     """A mapping of input names to nested lists, or the nested list of the only input."""
-    parsed = json.loads(text)
     if isinstance(parsed, list):
         return {_only(source, declared): parsed}
-    if isinstance(parsed, dict) and isinstance(parsed.get("inputs"), list):
-        import numpy as np
-
-        try:
-            return {
-                tensor["name"]: np.asarray(tensor["data"]).reshape(tensor["shape"])
-                for tensor in parsed["inputs"]
-            }
-        except (KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{source}: each of its inputs must have name, shape and data"
-            ) from error
     if isinstance(parsed, dict):
         return parsed
     raise ConfigError(f"{source}: expected a list, an object of inputs, or an inference request")
@@ -187,20 +213,30 @@ def _raw(datatype: str, array: Array) -> bytes:
     return b"".join(parts)
 
 
-def _encode(inputs: list[tuple[str, str, Array]]) -> tuple[bytes, dict[str, str]]:
-    raws = [_raw(datatype, array) for _, datatype, array in inputs]
+def _encode(
+    inputs: list[tuple[dict[str, Any], Array]], rest: dict[str, Any]
+) -> tuple[bytes, dict[str, str]]:
+    raws = [_raw(members["datatype"], array) for members, array in inputs]
     tensors = [
         {
-            "name": name,
-            "datatype": datatype,
+            **members,
             "shape": list(array.shape),
-            "parameters": {"binary_data_size": len(raw)},
+            "parameters": {**_object(members, "parameters"), "binary_data_size": len(raw)},
         }
-        for (name, datatype, array), raw in zip(inputs, raws, strict=True)
+        for (members, array), raw in zip(inputs, raws, strict=True)
     ]
-    head = json.dumps({"inputs": tensors, "parameters": {"binary_data_output": True}}).encode()
+    parameters = {"binary_data_output": True, **_object(rest, "parameters")}
+    head = json.dumps({**rest, "inputs": tensors, "parameters": parameters}).encode()
     headers = {_HEADER: str(len(head)), "Content-Type": "application/octet-stream"}
     return b"".join([head, *raws]), headers
+
+
+def _object(members: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An optional member that is an object. Raises `ConfigError`."""
+    value = members.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{key} of the request must be an object")
+    return value or {}
 
 
 def _call(

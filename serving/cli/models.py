@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from serving.cli.registry import open_registry, split
-from serving.errors import ConfigError
+from serving.errors import ConfigError, RegistryError
 
 if TYPE_CHECKING:
     from serving.registry.model import Dataset, ModelVersion
@@ -55,10 +56,11 @@ def register(
 ) -> None:
     """Check a model file in a child process and register it as the next version."""
     metrics = dict(_metric(text) for text in metric or ())
+    _check(name, metrics, alias)
     data = None if dataset is None else _dataset(dataset)
     if batch not in ("auto", "dynamic", "fixed", "none"):
         raise ConfigError(f"--batch {batch!r}; allowed: auto, dynamic, fixed, none")
-    if training_time is not None and training_time < 0:
+    if training_time is not None and not 0 <= training_time < math.inf:
         raise ConfigError(f"--training-time {training_time:g}; expected seconds, 0 or more")
     for given in (path, sample, signature):
         if given is not None and not given.is_file():
@@ -117,6 +119,19 @@ def show(
         typer.echo(json.dumps(found, indent=2))
     else:
         show_view(version_view(found))
+
+
+def _check(name: str, metrics: dict[str, float], alias: str | None) -> None:
+    """What the registry would refuse, before a model that takes long is loaded."""
+    from serving.registry.model import check_alias, check_metrics, check_name
+
+    try:
+        check_name(name)
+        check_metrics(metrics)
+        if alias is not None:
+            check_alias(alias)
+    except RegistryError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _metric(text: str) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from serving.core import metadata
 from serving.core.metadata import IndexEntry
 from serving.core.protocol import encode_error
 from serving.core.routing import Arm
-from serving.errors import InvalidRequest, ServingError
+from serving.errors import InvalidRequest, ServingError, Unavailable, Unsupported
 from serving.gateway.routes import Routes
 
 # What works, under the names that clients look for.
@@ -28,6 +29,19 @@ EXTENSIONS: Final = (
     "parameters",
     "schedule_policy",
 )
+
+# What clients call of extensions that are not there: a 404 would read as an unknown model.
+_ABSENT: Final = {
+    "statistics": (
+        "/v2/models/{model}/stats",
+        "/v2/models/{model}/versions/{version}/stats",
+    ),
+    "model_repository": ("/v2/repository/models/{model}/{action}",),
+    "system_shared_memory": ("/v2/systemsharedmemory/{rest:path}",),
+    "cuda_shared_memory": ("/v2/cudasharedmemory/{rest:path}",),
+    "trace": ("/v2/trace/setting", "/v2/models/{model}/trace/setting"),
+    "logging": ("/v2/logging",),
+}
 
 
 def create_app(routes: Routes, server_name: str) -> Starlette:
@@ -47,6 +61,7 @@ def create_app(routes: Routes, server_name: str) -> Starlette:
             # The connection takes these itself; here are the methods that they do not have.
             *(Route(base + "/infer", api.infer, methods=["POST"]) for base in (model, version)),
             Route("/v2/repository/index", api.repository_index, methods=["POST"]),
+            *_absent_routes(),
         ],
         exception_handlers={
             ServingError: _serving_error,
@@ -58,6 +73,17 @@ def create_app(routes: Routes, server_name: str) -> Starlette:
     # A redirect would quote the Host header, and no client of the protocol needs one.
     app.router.redirect_slashes = False
     return app
+
+
+def _absent_routes() -> Iterator[Route]:
+    for extension, paths in _ABSENT.items():
+
+        async def refuse(request: Request, extension: str = extension) -> Response:
+            raise Unsupported(
+                f"this server does not have the extension {extension!r}; GET /v2 lists what it has"
+            )
+
+        yield from (Route(path, refuse, methods=["GET", "POST"]) for path in paths)
 
 
 class _Api:
@@ -81,9 +107,12 @@ class _Api:
         return _json(metadata.model_metadata(arm, versions))
 
     async def model_ready(self, request: Request) -> Response:
-        batcher = self._routes.arm(*_names(request))
-        ready = batcher.accepts
-        return _json(metadata.model_ready(batcher.arm.model, ready), 200 if ready else 400)
+        model, version = _names(request)
+        try:
+            ready = self._routes.arm(model, version).accepts
+        except Unavailable:
+            ready = False
+        return _json(metadata.model_ready(model, ready), 200 if ready else 400)
 
     async def model_config(self, request: Request) -> Response:
         return _json(metadata.model_config(self._arm(request)))
@@ -126,13 +155,19 @@ def _json(body: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(body), status, media_type="application/json")
 
 
+def _retry_after(error: ServingError) -> dict[str, str]:
+    """The header that says when to try again, where the error does."""
+    seconds = error.retry_after_s
+    return {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
+
+
 def _error(message: str, status: int, headers: dict[str, str] | None = None) -> Response:
     return Response(encode_error(message), status, headers, media_type="application/json")
 
 
 async def _serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    return _error(str(error), error.http_status)
+    return _error(str(error), error.http_status, _retry_after(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from serving.core.inference import Limits
 from serving.core.routing import Arm, Endpoint, RouteTable
-from serving.errors import NotFound
+from serving.errors import NotFound, ServingError, Unavailable
 from serving.gateway.batcher import ArmBatcher
 from serving.gateway.infer import Call, monotonic
 from serving.gateway.links import ReplicaLink
@@ -66,11 +66,15 @@ class Routes:
         self._loop = loop
 
     @property
+    def complete(self) -> bool:
+        """Whether all versions that the deployment began with are known."""
+        return self.table.revision > 0 and self.table.complete
+
+    @property
     def ready(self) -> bool:
         """Whether a complete table is there and every default version accepts requests."""
         table = self.table
-        routed = table.revision > 0 and table.complete
-        return routed and all(
+        return self.complete and all(
             m.version in m.arms and self.arm(m.name).accepts for m in table.models.values()
         )
 
@@ -79,18 +83,27 @@ class Routes:
         return iter([*self._arms.values(), *self._retired])
 
     def arm(self, model: str, version: str | None = None) -> ArmBatcher:
-        """The batcher that answers for a model. Raises `NotFound`."""
+        """The batcher that answers for a model.
+
+        Raises `NotFound`, or `Unavailable` as long as it may still come.
+        """
         route = self.table.models.get(model)
         if route is None:
-            raise NotFound(f"Request for unknown model: {model!r} is not found")
+            raise self._unknown(repr(model))
         version = route.version if version is None else version
         arm = route.arms.get(version)
         if arm is None:
-            raise NotFound(
-                f"Request for unknown model: {model!r} version {version!r} is not found; "
-                f"served versions: {', '.join(sorted(route.arms, key=int))}"
-            )
+            served = ", ".join(sorted(route.arms, key=int))
+            raise self._unknown(f"{model!r} version {version!r}", f"; served versions: {served}")
         return self._arms[_key(arm)]
+
+    def _unknown(self, what: str, served: str = "") -> ServingError:
+        if self.complete:
+            return NotFound(f"Request for unknown model: {what} is not found{served}")
+        return Unavailable(
+            f"{what} is not served yet: this deployment is still starting{served}",
+            retry_after_s=1.0,
+        )
 
     def apply(self, table: RouteTable) -> None:
         """Replace the table. An older revision than the one in force is ignored."""
@@ -114,7 +127,7 @@ class Routes:
         """What answers for a model where no version is named, if anything does."""
         try:
             return self.arm(model)
-        except NotFound:
+        except ServingError:
             return None
 
     def _batcher(self, arm: Arm) -> ArmBatcher:
@@ -159,7 +172,7 @@ class Routes:
             self.headers = headers
 
     def target(self, model: str, version: str | None = None) -> ArmBatcher | Splitter:
-        """Where a request for a model goes. Raises `NotFound`."""
+        """Where a request for a model goes. Raises as `arm` does."""
         arm = self.arm(model, version)
         return arm if version is not None else self._splits.get(model, arm)
 

@@ -31,6 +31,7 @@ from serving.tenant_settings import TenantsConfig
 log = logging.getLogger(__name__)
 
 _POLL_S: Final = 10.0
+_ANSWER_S: Final = 5.0
 _BACKOFF_S: Final = 0.25
 _BACKLOG: Final = 2048
 # At a forced shutdown, how long clients have to take the errors that they are sent.
@@ -83,7 +84,10 @@ class GatewayServer:
         self._joined: list[str] = []
 
     async def start(self) -> None:
-        """Listen. Raises `ClusterError` when the port is taken."""
+        """Take the routes that there are, and listen.
+
+        Raises `ClusterError` when the port is taken.
+        """
         config = self._config
         loop = asyncio.get_running_loop()
         limits = Limits(
@@ -120,8 +124,13 @@ class GatewayServer:
             request_id_prefix=f"{self._gateway[-8:]}-",
             tenants=tenants,
         )
-        listener = _listen(config.host, config.port)
+        listener = _bind(config.host, config.port)
         self.port: int = listener.getsockname()[1]
+        # One that takes another's place knows all models before its first client comes.
+        with contextlib.suppress(ClusterError):
+            await self._take_routes(0.0)
+        with _explained(config.host, config.port):
+            listener.listen(_BACKLOG)
         self.front.sweep()
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
@@ -178,24 +187,24 @@ class GatewayServer:
 
     async def _poll(self) -> None:
         """Follow the route table. Without a controller the last one stays in force."""
+        await _repeat(lambda: self._take_routes(_POLL_S), "route table")
 
-        async def once() -> None:
-            raw = await self._controller.call(
-                "poll_routes",
-                self._gateway,
-                self.routes.table.revision,
-                _POLL_S,
-                timeout_s=_POLL_S + 5.0,
-            )
-            if raw is not None:
-                table = RouteTable.from_dict(raw)
-                if self._tls is None and _leaves_node(table, self._node):
-                    await self._get_certificate()
-                self.routes.apply(table)
-                # Some wait for the last gateway to have it.
-                self._report_now.set()
-
-        await _repeat(once, "route table")
+    async def _take_routes(self, wait_s: float) -> None:
+        """Apply a table that is newer than ours. Raises `ClusterError` without a controller."""
+        raw = await self._controller.call(
+            "poll_routes",
+            self._gateway,
+            self.routes.table.revision,
+            wait_s,
+            timeout_s=wait_s + _ANSWER_S,
+        )
+        if raw is not None:
+            table = RouteTable.from_dict(raw)
+            if self._tls is None and _leaves_node(table, self._node):
+                await self._get_certificate()
+            self.routes.apply(table)
+            # Some wait for the last gateway to have it.
+            self._report_now.set()
 
     async def _get_certificate(self) -> None:
         key, csr = await asyncio.to_thread(tls.make_csr)
@@ -271,9 +280,25 @@ def _leaves_node(table: RouteTable, node: str) -> bool:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that has its port; until it listens, other gateways on it get all connections."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if listener.family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=True)
+        with _explained(host, port):
+            listener.bind((host, port))
+    except ClusterError:
+        listener.close()
+        raise
+    return listener
+
+
+@contextlib.contextmanager
+def _explained(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ClusterError(f"cannot listen on {host}:{port}: {error.strerror}") from error

@@ -218,7 +218,12 @@ def _find(
         arrays = probing.read_sample(sample, declared.inputs)
         if any(a.ndim and not len(a) for a in arrays):
             raise ArtifactError(f"{sample}: has no rows")
-        outputs = probing.run(backend, arrays)
+        try:
+            outputs = probing.run(backend, arrays)
+        except ArtifactError as error:
+            # Not before: what a graph declares may be stale.
+            probing.refuse_shapes(sample, declared.inputs, arrays)
+            raise ArtifactError(f"{sample}: {error}") from error
     else:
         arrays, outputs = probing.run_first_that_fits(
             backend, probing.generated_samples(declared.inputs)

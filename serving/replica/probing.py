@@ -50,6 +50,15 @@ def read_sample(path: Path, specs: Sequence[TensorSpec]) -> list[Array]:
     return [_fitted(path, spec, arrays[spec.name]) for spec in specs]
 
 
+def refuse_shapes(path: Path, specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> None:
+    """Raise `ArtifactError` where a sample's shape is not the declared one."""
+    for spec, array in zip(specs, arrays, strict=True):
+        if spec.shape and any(
+            want not in (-1, have) for want, have in zip(spec.shape, array.shape, strict=True)
+        ):
+            raise _misshapen(path, spec, array)
+
+
 def sample_arrays(path: Path) -> dict[str, Array]:
     """The arrays of an .npz in their order. Raises `ArtifactError`."""
     try:
@@ -217,9 +226,7 @@ def to_bfloat16(values: Array) -> Array:
 
 def _fitted(path: Path, spec: TensorSpec, array: Array) -> Array:
     if spec.shape and array.ndim != len(spec.shape):
-        raise ArtifactError(
-            f"{path}: {spec.name!r} has shape {list(array.shape)}, not {list(spec.shape)}"
-        )
+        raise _misshapen(path, spec, array)
     if spec.datatype == "BYTES":
         return _as_bytes(path, spec, array)
     if spec.datatype == "BF16" and array.dtype.kind == "f":
@@ -228,6 +235,12 @@ def _fitted(path: Path, spec: TensorSpec, array: Array) -> Array:
     if not np.can_cast(array.dtype, dtype, casting="same_kind"):
         raise ArtifactError(f"{path}: {spec.name!r} is {array.dtype}, not {spec.datatype}")
     return as_raw(array.astype(dtype))
+
+
+def _misshapen(path: Path, spec: TensorSpec, array: Array) -> ArtifactError:
+    return ArtifactError(
+        f"{path}: {spec.name!r} has shape {list(array.shape)}, not {list(spec.shape)}"
+    )
 
 
 def _as_bytes(path: Path, spec: TensorSpec, array: Array) -> Array:

@@ -313,6 +313,10 @@ def test_something_answers_that_does_not_speak_http(tmp_path: Path, grpc_url: st
         (["--dataset", "digits=uri"], "NAME=URI@DIGEST"),
         (["--batch", "big"], "allowed: auto, dynamic, fixed, none"),
         (["--training-time", "-1"], "0 or more"),
+        (["--training-time", "nan"], "0 or more"),
+        (["--metric", "accuracy=nan"], "expected a finite number"),
+        (["--alias", "1"], "is not an alias; allowed: a letter"),
+        (["--alias", "latest"], "is reserved"),
     ],
 )
 def test_register_refuses_bad_options_before_it_loads_anything(
@@ -320,6 +324,11 @@ def test_register_refuses_bad_options_before_it_loads_anything(
 ) -> None:
     said = fails("register", "m", "no-such.onnx", *options, home=tmp_path, code=2)
     assert words in said
+
+
+def test_register_refuses_a_bad_name_before_it_loads_anything(tmp_path: Path) -> None:
+    said = fails("register", "bad name", "no-such.onnx", home=tmp_path, code=2)
+    assert "'bad name' is not a model name; allowed: letters" in said
 
 
 def test_register_refuses_what_is_not_a_model(tmp_path: Path) -> None:

@@ -119,6 +119,34 @@ def test_infer_takes_standard_input_and_every_way_to_name_a_version(
         assert (answer["model_version"], answer["outputs"][0]["shape"]) == ("1", [1, 10])
 
 
+def test_infer_sends_all_that_a_request_says(deployment: Deployment, tmp_path: Path) -> None:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, 64], "data": [0.5] * 64}
+    best = [{"name": "p", "parameters": {"classification": 2}}]
+    file = tmp_path / "request.json"
+
+    def infer(**members: Any) -> subprocess.CompletedProcess[str]:
+        file.write_text(json.dumps({"inputs": [tensor], **members}))
+        return run(deployment, "infer", "mlp", "--input", file, "-f", deployment.file)
+
+    done = infer(id="one", outputs=best, parameters={"priority": 1})
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["id"] == "one"
+    assert answer["outputs"][0]["shape"] == [1, 2]
+    for members, code, words in (
+        ({"parameters": {"priority": 10}}, 1, "'priority' is 10"),
+        ({"outputs": [{"name": "nobody"}]}, 1, "no output"),
+        ({"misspelt": 1}, 1, "misspelt"),
+        ({"inputs": [{**tensor, "datatype": "FP64"}]}, 2, "has datatype FP64; the model takes FP3"),
+        ({"inputs": [{**tensor, "misspelt": 1}]}, 1, "misspelt"),
+        ({"inputs": [tensor, tensor]}, 1, "has 2 inputs"),
+        ({"parameters": 5}, 2, "parameters of the request must be an object"),
+    ):
+        done = infer(**members)
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
+        assert words in done.stderr
+
+
 def test_infer_says_what_is_wrong(deployment: Deployment, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", y=np.zeros((1, 64), np.float32))
     np.save(tmp_path / "x.npy", np.zeros((1, 63), np.float32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ class Load:
     """`connections` clients, each posting its next request when the last is answered.
 
     `answers` counts (status, version); `broken` lists connections that ended without an answer;
-    `wrong` lists answers that `check` did not accept.
+    `wrong` lists answers that differ from the first of the same body and version, beyond the last
+    digits, which depend on the batch.
     """
 
     def __init__(
@@ -30,12 +32,14 @@ class Load:
     ) -> None:
         self.answers: collections.Counter[tuple[int, str]] = collections.Counter()
         self.broken: list[str] = []
+        self.wrong: list[tuple[list[float], list[float]]] = []
         self.failures: list[tuple[int, bytes]] = []
         self.slowest_s = 0.0
         self._port = port
         self._requests = [_request(path, body, headers) for body in bodies]
         self._connections = connections
         self._pause_s = pause_s
+        self._first: dict[tuple[int, str], list[float]] = {}
         self._stop = threading.Event()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
@@ -94,18 +98,28 @@ class Load:
         turn = number
         while not self._stop.is_set():
             started = time.monotonic()
-            writer.write(self._requests[turn % len(self._requests)])
+            number = turn % len(self._requests)
+            writer.write(self._requests[number])
             turn += 1
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             body = await reader.readexactly(int(_header(head, b"content-length")))
             status = int(head[9:12])
             version = _header(head, b"x-model-version").decode()
             self.slowest_s = max(self.slowest_s, time.monotonic() - started)
+            if status == 200:
+                self._compare(number, version, body)
             self._end(lambda key=(status, version), body=body: self._count(key, body))
             if _header(head, b"connection") == b"close":
                 return
             if self._pause_s:
                 await asyncio.sleep(self._pause_s)
+
+    def _compare(self, number: int, version: str, body: bytes) -> None:
+        data = [v for output in json.loads(body)["outputs"] for v in output["data"]]
+        first = self._first.setdefault((number, version), data)
+        # Most are the same to the bit.
+        if data != first and not (len(data) == len(first) and all(map(_close, data, first))):
+            self.wrong = [*self.wrong[:19], (data, first)]
 
     def _count(self, key: tuple[int, str], body: bytes) -> None:
         self.answers[key] += 1
@@ -116,6 +130,10 @@ class Load:
         with self._changed:
             record()
             self._changed.notify_all()
+
+
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
 
 
 def _request(path: str, body: dict[str, Any], headers: str) -> bytes:

@@ -127,6 +127,7 @@ def test_killed_replicas_cost_no_request(deployment: Deployment) -> None:
             load.wait_for(before + 3_000)
     assert load.failed == {}, load.failures
     assert load.broken == []
+    assert load.wrong == []
     assert load.count >= 20_000
 
 
@@ -156,6 +157,7 @@ def test_killed_controller_costs_no_request_and_no_count(deployment: Deployment)
         }
     assert load.failed == {}, load.failures
     assert load.broken == []
+    assert load.wrong == []
 
 
 def test_controller_and_replica_killed_together(deployment: Deployment) -> None:
@@ -176,6 +178,7 @@ def test_controller_and_replica_killed_together(deployment: Deployment) -> None:
         load.wait_for(load.count + 500)
     assert load.failed == {}, load.failures
     assert load.broken == []
+    assert load.wrong == []
 
 
 def test_a_hung_replica_is_replaced_and_its_callers_get_504(deployment: Deployment) -> None:
@@ -207,6 +210,7 @@ def test_a_stopped_replica_is_left_out(deployment: Deployment) -> None:
             os.kill(stopped, signal.SIGKILL)
     assert load.failed == {}, load.failures
     assert load.broken == []
+    assert load.wrong == []
     assert load.slowest_s < 10
 
 
@@ -216,13 +220,13 @@ def test_a_killed_gateway_comes_back(deployment: Deployment) -> None:
     )
     os.kill(gateway, signal.SIGKILL)
 
-    def answers() -> bool:
+    def answer() -> int | None:
         try:
-            return post_body(deployment.port, "mlp", mlp_body(1))[0] == 200
+            return post_body(deployment.port, "mlp", mlp_body(1))[0]
         except OSError:
-            return False
+            return None
 
-    eventually(answers, "a new gateway answers")
+    assert eventually(answer, "a new gateway answers") == 200, "it begins without routes"
 
 
 def test_a_new_version_replaces_the_old_without_a_failed_request(deployment: Deployment) -> None:
@@ -239,6 +243,7 @@ def test_a_new_version_replaces_the_old_without_a_failed_request(deployment: Dep
         eventually(lambda: load.answers[200, "1"] > before + 200, "version 1 answers again")
     assert load.failed == {}, load.failures
     assert load.broken == []
+    assert load.wrong == []
 
 
 def post(port: int, model: str, value: float) -> tuple[int, Any]:

@@ -145,6 +145,29 @@ def test_every_advertised_extension_has_its_routes(served: Gateway) -> None:
                 assert client.ask(probe).status == 200
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "extension"),
+    [
+        ("GET", "/v2/models/m/stats", "statistics"),
+        ("GET", "/v2/models/m/versions/1/stats", "statistics"),
+        ("POST", "/v2/repository/models/m/load", "model_repository"),
+        ("POST", "/v2/repository/models/m/unload", "model_repository"),
+        ("GET", "/v2/systemsharedmemory/status", "system_shared_memory"),
+        ("POST", "/v2/cudasharedmemory/region/r/register", "cuda_shared_memory"),
+        ("POST", "/v2/models/m/trace/setting", "trace"),
+        ("GET", "/v2/logging", "logging"),
+    ],
+)
+def test_an_extension_that_is_not_served_says_so(
+    served: Gateway, method: str, target: str, extension: str
+) -> None:
+    with served.connect() as client:
+        reply = client.ask(head(method, target, "Content-Length: 0"))
+        assert reply.status == 501
+        assert f"does not have the extension {extension!r}" in reply.error
+        assert extension not in client.ask(get("/v2")).json["extensions"]
+
+
 def test_the_repository_index(served: Gateway) -> None:
     with served.connect() as client:
         index = client.ask(post("/v2/repository/index", b"")).json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,28 @@ def test_a_batch_outside_the_exported_range_fails_with_the_reason(serve: Serve, 
         with pytest.raises(Failed, match=r"model_failed: .*1024"):
             client.infer(*inputs(2000))
         assert len(client.infer(*inputs(2))) == 2
+
+
+class Longest(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.amax(1, keepdim=True)
+
+
+def test_a_request_outside_the_exported_range_is_refused_with_the_range(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path = tmp_path / "longest.pt2"
+    sizes = {0: torch.export.Dim("rows", max=64), 1: torch.export.Dim("length", min=2, max=16)}
+    torch.export.save(
+        torch.export.export(Longest(), (torch.ones(2, 3),), dynamic_shapes=(sizes,)), path
+    )
+    backend = models.cpu_backend(path, EXPORT_PLATFORM, None)
+    backend.signature = replace(backend.signature, batch=Batch.DYNAMIC)
+    with Client.unix(serve(backend).unix_path) as client:
+        with pytest.raises(Failed, match=r"invalid_request: .*size\(\)\[1\] <= 16"):
+            client.infer(np.ones((1, 17), np.float32))
+        (longest,) = client.infer(np.ones((1, 16), np.float32))
+        assert longest.tolist() == [[1.0]]
 
 
 class Scripted(torch.nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from serving.errors import DeviceError
+from serving.errors import DeviceError, InvalidRequest
 from serving.replica.backends.cuda import context_fault
 
 _UNITS: Final = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -41,6 +41,8 @@ _STICKY: Final = re.compile(
     r"|invalid program counter|hardware stack error|global/shared address space"
     r"|GPU is lost|device is lost"
 )
+# What torch.export found to hold of the shapes, but for the number of rows: that is ours.
+_SHAPE_GUARD: Final = re.compile(r"Guard failed: (.*\.size\(\)\[[1-9]\d*\].*)")
 
 
 class MemoryExhausted(Exception):
@@ -83,3 +85,11 @@ def _exhausted(error: Exception, text: str) -> MemoryExhausted | None:
 def _bytes(size: str) -> int:
     number, _, unit = size.partition(" ")
     return int(float(number) * _UNITS[unit]) if unit else int(number)
+
+
+def refused_shape(error: Exception) -> InvalidRequest | None:
+    """The request's fault, where an exported program says that its shapes were never meant."""
+    found = _SHAPE_GUARD.match(str(error)) if isinstance(error, AssertionError) else None
+    if found is None:
+        return None
+    return InvalidRequest(f"the model takes only inputs of which {found[1]} holds")

@@ -29,7 +29,12 @@ from serving.replica.backends.cuda import (
     refused_by_runtime,
     require_cuda,
 )
-from serving.replica.backends.faults import FatalDeviceError, MemoryExhausted, meaning
+from serving.replica.backends.faults import (
+    FatalDeviceError,
+    MemoryExhausted,
+    meaning,
+    refused_shape,
+)
 from serving.replica.backends.meters import DriverMeter, Meter
 
 if TYPE_CHECKING:
@@ -97,7 +102,7 @@ class TorchBackend:
         try:
             outputs = self._run(inputs)
         except Exception as error:
-            fault = meaning(error, self.device)
+            fault = refused_shape(error) or meaning(error, self.device)
             if fault is None:
                 raise
         else:
