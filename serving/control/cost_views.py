@@ -26,12 +26,22 @@ _FIELD: Final = {"gpu": "device"}
 class _Group:
     kinds: dict[Kind, Amount] = field(default_factory=dict)
     loaded_nano: float = 0.0
+    priced: float = 0.0
 
     def add(self, row: LedgerRow, load: float | None) -> None:
         amount = Amount(row.nano_usd, row.ns, row.unpriced_ns, row.requests, row.energy_mj)
         self.kinds.setdefault(Kind(row.kind), Amount()).add(amount)
-        if row.kind == Kind.DIRECT and load is not None:
-            self.loaded_nano += row.nano_usd * load
+        if row.kind == Kind.DIRECT:
+            self.priced += _priced(row)
+            if load is not None:
+                self.loaded_nano += row.nano_usd * load
+
+
+def _priced(row: LedgerRow) -> float:
+    """How many of a row's requests ran where there is a price: by time, if it came in between."""
+    if not row.unpriced_ns:
+        return row.requests
+    return row.requests * (1 - row.unpriced_ns / row.ns) if row.ns else 0.0
 
 
 def cost_view(
@@ -96,7 +106,8 @@ def _shown(group: _Group, span: float | None, grid: float | None) -> dict[str, A
     leased_ns = sum_.ns - kinds.get(Kind.UNALLOCATED, Amount()).ns
     idle_ns = kinds.get(Kind.IDLE, Amount()).ns
     used = None if sum_.energy_mj is None else kwh(sum_.energy_mj)
-    served = direct.requests if direct.ns > direct.unpriced_ns else 0
+    # What ran without a price must not make the rest look cheaper.
+    served = group.priced if direct.ns > direct.unpriced_ns else 0
     projects = span is not None and span >= MIN_PROJECTED_S
     return {
         "nano_usd": sum_.nano_usd,
@@ -114,8 +125,8 @@ def _shown(group: _Group, span: float | None, grid: float | None) -> dict[str, A
         "unpriced_seconds": sum_.unpriced_ns / 1e9,
         "requests": direct.requests,
         "usd_per_1000": {
-            "direct": direct.nano_usd / 1e6 / served if served else None,
-            "loaded": group.loaded_nano / 1e6 / served if served else None,
+            "direct": direct.nano_usd / 1e6 / served if served > 0 else None,
+            "loaded": group.loaded_nano / 1e6 / served if served > 0 else None,
         },
         "idle_share": max(0.0, idle_ns / leased_ns) if leased_ns > 0 else None,
         "usd_per_month": sum_.nano_usd / 1e9 / span * MONTH_S if projects and span else None,
