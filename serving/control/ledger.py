@@ -16,6 +16,7 @@ from serving.config import CostConfig
 from serving.control.budgets import Spending, day_of
 from serving.control.gpus import STALE_S, Standing
 from serving.control.reconcile import Blocking, Clock
+from serving.core.gpus import Gpu
 from serving.core.ledger import Device, settle
 from serving.core.ledger_accounts import Account, Amount, Kind
 from serving.core.ledger_leases import WHOLE, Holder, Lease, ReplicaUsage

@@ -67,6 +67,8 @@ def test_what_has_no_price_is_no_zero() -> None:
     [group] = view(rows, "model")["groups"]
     assert group["unpriced_seconds"] == 1.0
     assert group["usd_per_1000"] == {"direct": None, "loaded": None}
+    assert (group["usd"], group["usd_per_month"]) == (None, None)
+    assert group["kinds"]["direct"]["usd"] is None
 
 
 def test_inferences_without_a_price_make_the_others_no_cheaper() -> None:
