@@ -83,7 +83,7 @@ def _as_csv(found: dict[str, Any]) -> str:
     writer.writeheader()
     for group in found["groups"]:
         per = {f"usd_per_1000_{name}": usd for name, usd in group["usd_per_1000"].items()}
-        spent = {f"usd_{k}": found_["nano_usd"] / 1e9 for k, found_ in group["kinds"].items()}
+        spent = {f"usd_{kind}": amount["usd"] for kind, amount in group["kinds"].items()}
         budget = budgets.get(group.get("tenant"), {})
         of_tenant = {
             "budget_usd_per_day": budget.get("usd_per_day"),

@@ -42,7 +42,7 @@ def cost_table(found: dict[str, Any], since: str) -> RenderableType:
             "–" if group["idle_share"] is None else f"{group['idle_share']:.1%}",
             _spent(group),
             *(_spent(group["kinds"].get(kind)) for kind in kinds if "kind" not in by),
-            dollars(group["usd_per_month"]),
+            _partly(group, group["usd_per_month"]),
             *(_estimate(group[name]) for name in energies.values()),
         )
     return Group(table, *(Text(line) for line in _notes(found)), *shown)
@@ -77,10 +77,14 @@ def _spent(found: dict[str, Any] | None) -> str:
     """Dollars; the time instead where none of it has a price."""
     if found is None:
         return "–"
-    unpriced = found["unpriced_seconds"]
-    if unpriced > 0 and unpriced >= found["seconds"]:
-        return f"unpriced {unpriced:,.0f} s"
-    return dollars(found["nano_usd"] / 1e9) + ("*" if unpriced else "")
+    if found["usd"] is None:
+        return f"unpriced {found['unpriced_seconds']:,.0f} s"
+    return _partly(found, found["usd"])
+
+
+def _partly(found: dict[str, Any], usd: float | None) -> str:
+    """Dollars; marked where they are not all, as some of the time has no price."""
+    return dollars(usd) + ("*" if found["unpriced_seconds"] and usd is not None else "")
 
 
 def _notes(found: dict[str, Any]) -> list[str]:
@@ -98,9 +102,9 @@ def _notes(found: dict[str, Any]) -> list[str]:
         stable, canary, ratio = rollout["stable"], rollout["canary"], rollout["ratio"]
         compared = "no comparison yet" if ratio is None else f"{ratio:.3g} times stable's"
         notes.append(
-            f"rollout of {rollout['model']}: canary {canary['version']} "
-            f"${dollars(canary['direct'])} per 1,000 direct, stable {stable['version']} "
-            f"${dollars(stable['direct'])}: {compared}"
+            f"rollout of {rollout['model']}, $ per 1,000 direct: canary {canary['version']} "
+            f"{dollars(canary['direct'])}, stable {stable['version']} "
+            f"{dollars(stable['direct'])}: {compared}"
         )
     if total["usd_per_month"] is not None:
         notes.append("$ a month: at the pace of this time, 730 hours")

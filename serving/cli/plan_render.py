@@ -21,7 +21,17 @@ def placement_view(plan: Mapping[str, Any]) -> RenderableType:
         return Group(_models(plan), Text("no GPU is known: nothing is placed by memory"))
     refused = [Text(refusal(row), style="red") for row in plan["models"] if row["refused"]]
     stay = [Text(staying(row), style="yellow") for row in plan["models"] if row["stays"]]
-    return Group(_models(plan), _gpus(plan), *refused, *stay)
+    learned = [Text(line) for row in plan["models"] for line in ceilings(row)]
+    return Group(_models(plan), _gpus(plan), *learned, *refused, *stay)
+
+
+def ceilings(row: Mapping[str, Any]) -> list[str]:
+    """How many rows a version's runs have at most, where larger ones ran out of memory."""
+    return [
+        f"{row['model']} version {row['version']}: runs have at most {rows} rows on {kind}, "
+        "as larger ones ran out of memory"
+        for kind, rows in sorted(row["ceilings"].items())
+    ]
 
 
 def refusal(row: Mapping[str, Any]) -> str:

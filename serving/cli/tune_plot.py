@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Latency over throughput: a line a precision and number of replicas, the frontier, the choice.
+    """Latency over throughput: each precision and number of replicas, the frontiers, the choice.
 
     Raises `OSError` where the file cannot be written.
     """
@@ -27,7 +27,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for kind in dict.fromkeys((r["precision"], r["instances"]) for r in found["measured"]):
         mine = [r for r in found["measured"] if (r["precision"], r["instances"]) == kind]
         line(mine, "o", label=f"{kind[0]}, replicas: {kind[1]}", alpha=0.6)
-    line(found["frontier"], "-", color="black", linewidth=0.8, label="frontier")
+    for number in dict.fromkeys(row["instances"] for row in found["frontier"]):
+        mine = [row for row in found["frontier"] if row["instances"] == number]
+        line(mine, "-", color="black", linewidth=0.8)
+    axis.plot([], [], "-", color="black", linewidth=0.8, label="frontier, by replicas")
     if found["chosen"] is not None:
         line([found["chosen"]], "*", color="black", markersize=14, label="chosen")
     axis.set(

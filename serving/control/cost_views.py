@@ -1,9 +1,9 @@
 """The ledger as JSON documents, for the command line, the console and metrics.
 
-Dollars are divided here only: `nano_usd` is exact, what is per 1,000 inferences is not. A
-successful inference costs *direct* what its own rows took; *loaded* is that with all else that its
-version cost (padding, failures, warm-up, idle) spread over what was served. Shadow traffic is its
-rollout's.
+Dollars are divided here only: `nano_usd` is exact, what is per 1,000 inferences is not. `usd` is
+None where nothing has a price. A successful inference costs *direct* what its own rows took;
+*loaded* is that with all else that its version cost (padding, failures, warm-up, idle) spread over
+what was served. Shadow traffic is its rollout's.
 """
 
 from __future__ import annotations
@@ -26,12 +26,22 @@ _FIELD: Final = {"gpu": "device"}
 class _Group:
     kinds: dict[Kind, Amount] = field(default_factory=dict)
     loaded_nano: float = 0.0
+    priced: float = 0.0
 
     def add(self, row: LedgerRow, load: float | None) -> None:
         amount = Amount(row.nano_usd, row.ns, row.unpriced_ns, row.requests, row.energy_mj)
         self.kinds.setdefault(Kind(row.kind), Amount()).add(amount)
-        if row.kind == Kind.DIRECT and load is not None:
-            self.loaded_nano += row.nano_usd * load
+        if row.kind == Kind.DIRECT:
+            self.priced += _priced(row)
+            if load is not None:
+                self.loaded_nano += row.nano_usd * load
+
+
+def _priced(row: LedgerRow) -> float:
+    """How many of a row's requests ran where there is a price: by time, if it came in between."""
+    if not row.unpriced_ns:
+        return row.requests
+    return row.requests * (1 - row.unpriced_ns / row.ns) if row.ns else 0.0
 
 
 def cost_view(
@@ -96,14 +106,17 @@ def _shown(group: _Group, span: float | None, grid: float | None) -> dict[str, A
     leased_ns = sum_.ns - kinds.get(Kind.UNALLOCATED, Amount()).ns
     idle_ns = kinds.get(Kind.IDLE, Amount()).ns
     used = None if sum_.energy_mj is None else kwh(sum_.energy_mj)
-    served = direct.requests if direct.ns > direct.unpriced_ns else 0
+    # What ran without a price must not make the rest look cheaper.
+    served = group.priced if direct.ns > direct.unpriced_ns else 0
     projects = span is not None and span >= MIN_PROJECTED_S
+    usd = _usd(sum_)
     return {
         "nano_usd": sum_.nano_usd,
-        "usd": sum_.nano_usd / 1e9,
+        "usd": usd,
         "kinds": {
             kind.value: {
                 "nano_usd": amount.nano_usd,
+                "usd": _usd(amount),
                 "seconds": amount.ns / 1e9,
                 "unpriced_seconds": amount.unpriced_ns / 1e9,
                 "requests": amount.requests,
@@ -114,14 +127,19 @@ def _shown(group: _Group, span: float | None, grid: float | None) -> dict[str, A
         "unpriced_seconds": sum_.unpriced_ns / 1e9,
         "requests": direct.requests,
         "usd_per_1000": {
-            "direct": direct.nano_usd / 1e6 / served if served else None,
-            "loaded": group.loaded_nano / 1e6 / served if served else None,
+            "direct": direct.nano_usd / 1e6 / served if served > 0 else None,
+            "loaded": group.loaded_nano / 1e6 / served if served > 0 else None,
         },
         "idle_share": max(0.0, idle_ns / leased_ns) if leased_ns > 0 else None,
-        "usd_per_month": sum_.nano_usd / 1e9 / span * MONTH_S if projects and span else None,
+        "usd_per_month": usd / span * MONTH_S if projects and span and usd is not None else None,
         "energy_wh_estimate": None if used is None else used * 1e3,
         "gco2e_estimate": None if used is None or grid is None else used * grid,
     }
+
+
+def _usd(amount: Amount) -> float | None:
+    """Dollars; None, not 0, where none of the time has a price."""
+    return None if 0 < amount.ns <= amount.unpriced_ns else amount.nano_usd / 1e9
 
 
 def _compared(rows: Sequence[LedgerRow], model: str, stable: str, canary: str) -> dict[str, Any]:

@@ -83,11 +83,13 @@ class Needs:
             for (kind, runtime), known in self._known.get(digest, {}).items()
         ]
 
-    def ceiling(self, digest: str, device_type: str) -> int | None:
-        """The most rows that a bundle was seen to fit on a type of device, where that is known."""
-        known = self._known.get(digest, {})
-        found = [k.ceiling for (kind, _), k in known.items() if kind == device_type]
-        return min((c for c in found if c is not None), default=None)
+    def ceilings(self, digest: str) -> dict[str, int]:
+        """The most rows that a bundle was seen to fit, by type of device; where that is known."""
+        found: dict[str, int] = {}
+        for (kind, _), known in self._known.get(digest, {}).items():
+            if known.ceiling is not None:
+                found[kind] = min(found.get(kind, known.ceiling), known.ceiling)
+        return found
 
     def of(self, replica: ReplicaSpec, device_types: Iterable[str]) -> Need:
         """What a replica needs on the worst of `device_types`."""

@@ -16,6 +16,7 @@ from serving.config import CostConfig
 from serving.control.budgets import Spending, day_of
 from serving.control.gpus import STALE_S, Standing
 from serving.control.reconcile import Blocking, Clock
+from serving.core.gpus import Gpu
 from serving.core.ledger import Device, settle
 from serving.core.ledger_accounts import Account, Amount, Kind
 from serving.core.ledger_leases import WHOLE, Holder, Lease, ReplicaUsage
@@ -184,6 +185,14 @@ class CostLedger:
                 self._settle()
             lease.rate, lease.list_rate = rate, listed or 0
 
+    def _own_rate(self, gpu: Gpu, standings: Sequence[Standing]) -> int | None:
+        """The price of what is a device of its own here: of a divided GPU, what no slice has."""
+        rate = self._charge(gpu.uuid).rate
+        if rate is None:
+            return None
+        parts = (self._charge(s.gpu.uuid).rate for s in standings if s.gpu.mig_parent == gpu.uuid)
+        return max(0, rate - sum(part or 0 for part in parts))
+
     def _charge(self, uuid: str) -> Charge:
         """The price of a GPU; that of a MIG slice is its share of its GPU's memory."""
         standings = {s.gpu.uuid: s for s in self._gpus()}
@@ -239,17 +248,16 @@ class CostLedger:
         known = {s.gpu.uuid: s for s in standings}
         for standing in standings:
             gpu, sample = standing.gpu, standing.sample
-            if gpu.divided or sample is None or sample.lost or standing.age_s > STALE_S:
-                # Of a divided GPU its slices are leased, and charged.
+            if sample is None or sample.lost or standing.age_s > STALE_S:
                 continue
             device = self._devices.get(gpu.uuid)
             if device is None:
                 device = self._devices[gpu.uuid] = Device(gpu.uuid, now)
-            rate = self._charge(gpu.uuid).rate
+            rate = self._own_rate(gpu, standings)
             if rate != device.rate:
                 if device.life.told_ns:
                     self._settle()
-                device.rate = rate
+                device.reprice(rate)
             device.seen(now + self._gpu_clock, _energy_mj(standing, known), now)
 
     def _close_silent(self) -> None:
@@ -337,16 +345,20 @@ class CostLedger:
 
 
 def _energy_mj(standing: Standing, known: Mapping[str, Standing]) -> int | None:
-    """A count of a GPU's energy; of a slice its GPU's, by its share of the memory."""
-    gpu, sample = standing.gpu, standing.sample
-    whole = known.get(gpu.mig_parent or "")
-    if whole is None:
-        return None if sample is None or sample.used_j is None else int(sample.used_j * 1000)
+    """A count of a GPU's energy; of a slice its GPU's, by its share of the memory.
+
+    Of a divided GPU it is what its slices leave.
+    """
+    gpu, whole = standing.gpu, known.get(standing.gpu.mig_parent or "", standing)
     if whole.sample is None or whole.sample.used_j is None:
         return None
+    used_mj = whole.sample.used_j * 1000
+    if whole is standing and not gpu.divided:
+        return int(used_mj)
     if not gpu.memory_bytes or not whole.gpu.memory_bytes:
         return None
-    return int(whole.sample.used_j * 1000 * gpu.memory_bytes / whole.gpu.memory_bytes)
+    parts = (s.gpu.memory_bytes or 0 for s in known.values() if s.gpu.mig_parent == gpu.uuid)
+    return int(used_mj * max(0, gpu.memory_bytes - sum(parts)) / whole.gpu.memory_bytes)
 
 
 def account_of(row: LedgerRow) -> Account:

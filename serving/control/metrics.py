@@ -84,8 +84,9 @@ class _Collector(Collector):
 
     def _replicas(self) -> Iterator[Family]:
         controller = self._controller
-        states, rss, load = (
-            family_of(m) for m in (metrics.REPLICAS, metrics.REPLICA_RSS, metrics.REPLICA_LOAD)
+        states, rss, load, oom = map(
+            family_of,
+            (metrics.REPLICAS, metrics.REPLICA_RSS, metrics.REPLICA_LOAD, metrics.REPLICA_OOM),
         )
         counts: Counter[tuple[str, str, str]] = Counter()
         desired, routed = controller.state.desired.apps(), controller.state.routed.apps()
@@ -102,9 +103,10 @@ class _Collector(Collector):
                 labels = [*key, r.endpoint.replica]
                 rss.add_metric(labels, float(r.info.get("rss_bytes") or 0))
                 load.add_metric(labels, float(r.info.get("load_s") or 0))
+                oom.add_metric(labels, float(r.info.get("oom_batches") or 0))
         for triple, n in sorted(counts.items()):
             states.add_metric(triple, n)
-        yield from (states, rss, load, self._models(), *self._scaling({**routed, **desired}))
+        yield from (states, rss, load, oom, self._models(), *self._scaling({**routed, **desired}))
 
     def _scaling(self, apps: Mapping[str, AppSpec]) -> tuple[Family, Family]:
         delay, busy = family_of(metrics.SCALING_QUEUE_DELAY), family_of(metrics.SCALING_BUSY)

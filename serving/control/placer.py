@@ -283,6 +283,7 @@ class Placer:
             "bytes": need.bytes if need else None,
             "basis": need.basis if need else "",
             "estimated": need.estimated if need else False,
+            "ceilings": self._needs.ceilings(app.replica.digest),
             "slots": [
                 {"uuid": gpu, "replica": leases[i].replica if i < len(leases) else None}
                 for i, gpu in enumerate(slots)
@@ -324,7 +325,7 @@ class Placer:
             estimated=needs[app].estimated,
             now=self._clock.monotonic(),
             unix=self._clock.unix(),
-            ceiling=lambda device_type: self._needs.ceiling(spec.replica.digest, device_type),
+            ceiling=self._needs.ceilings(spec.replica.digest).get,
             later=self._vacated(),
         )
         return lease.terms

@@ -47,7 +47,8 @@ from serving.core.ledger_lives import Life
 class Device:
     """A GPU: what of its time nobody had a lease on, and the energy that it used.
 
-    `rate` is its price in nano-dollars an hour, None if unknown.
+    `rate` is its price in nano-dollars an hour, None if unknown. Of a GPU in MIG mode it is what
+    its slices leave of the price: they are devices of their own.
     """
 
     def __init__(self, uuid: str, now: int) -> None:
@@ -62,6 +63,10 @@ class Device:
         self._posted = Line()
         self._energy_mj: int | None = None
         self._used_mj: int | None = None
+
+    def reprice(self, rate: int | None) -> None:
+        """Another price, also of a GPU that was divided anew: its energy counts from here on."""
+        self.rate, self._energy_mj = rate, None
 
     def seen(self, up_ns: int, energy_mj: int | None, now: int) -> None:
         """Take its node's uptime and its energy counter; both only grow.

@@ -85,6 +85,12 @@ REPLICA_LOAD: Final = Metric(
     "What a replica took to load, check and warm its model.",
     (*VERSION, "replica"),
 )
+REPLICA_OOM: Final = Metric(
+    "serving_replica_out_of_memory_batches",
+    "counter",
+    "Batches that ran out of memory since the replica was ready, whatever became of them.",
+    (*VERSION, "replica"),
+)
 MODEL_INFO: Final = Metric(
     "serving_model_info",
     "info",
@@ -135,6 +141,7 @@ METRICS: Final = (
     SCALING_BUSY,
     REPLICA_RSS,
     REPLICA_LOAD,
+    REPLICA_OOM,
     MODEL_INFO,
     BUILD_INFO,
     GATEWAYS,

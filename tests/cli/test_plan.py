@@ -112,13 +112,14 @@ def test_without_gpus_the_plan_says_so(tmp_path: Path) -> None:
     assert "no GPU is known: nothing is placed by memory" in done.stdout
 
 
-def test_who_stays_on_a_cordoned_gpu_is_shown_with_the_reason(
+def test_who_stays_on_a_cordoned_gpu_and_what_was_learned_is_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     why = "needs 20.0 GiB; the largest free is 4.0 GiB on GPU-b (1 cordoned)"
     row = {
         "model": "m", "version": "1", "new": False, "replicas": 1, "bytes": 20 << 30,
         "basis": "", "estimated": False, "slots": [], "refused": None, "stays": why,
+        "ceilings": {"NVIDIA L4": 24},
     }  # fmt: skip
     gpu = {
         "uuid": "GPU-a", "type": "L4", "cordoned": True, "throttled": False,
@@ -127,4 +128,9 @@ def test_who_stays_on_a_cordoned_gpu_is_shown_with_the_reason(
         ),
     }  # fmt: skip
     show_view(placement_view({"models": [row], "gpus": [gpu]}))
-    assert f"m version 1 stays on a cordoned GPU: {why}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"m version 1 stays on a cordoned GPU: {why}" in printed
+    assert (
+        "m version 1: runs have at most 24 rows on NVIDIA L4, as larger ones ran out of memory"
+        in printed
+    )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from serving.cli import tune_plot
 from serving.cli.main import app
 from serving.config import load_config
 from serving.core.tuning import AS_EXPORTED
@@ -118,3 +120,30 @@ def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     space = Space(tmp_path, "cpu", {}, {}, None, (AS_EXPORTED,), (1,), (1, 2))
     with pytest.raises(ArtifactError, match=r"^nothing could be measured: as exported, 1 instance"):
         tune(space, 1.0, lambda device, count: None, lambda line: None)
+
+
+def test_the_frontier_is_drawn_for_each_number_of_replicas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What more replicas gain is no point between those that fewer have.
+    points = [(1, 100.0, 1.0), (1, 300.0, 3.0), (2, 200.0, 2.0), (2, 400.0, 2.5)]
+    rows = [
+        {"precision": "as exported", "instances": n, "throughput": x, "latency_ms": {"p99": y}}
+        for n, x, y in points
+    ]
+    drawn: list[list[tuple[float, float]]] = []
+    closed = tune_plot.plt.close
+
+    def close(figure: Any) -> None:
+        lines = figure.axes[0].lines
+        drawn.extend([*zip(*x.get_data(), strict=True)] for x in lines if x.get_linestyle() == "-")
+        closed(figure)
+
+    monkeypatch.setattr(tune_plot.plt, "close", close)
+    found = {"model": "m", "version": "1", "device": "cpu", "percentile": "p99", "chosen": None}
+    tune_plot.draw({**found, "measured": rows, "frontier": rows}, tmp_path / "x.png")
+    # An empty one is for the legend.
+    assert [line for line in drawn if line] == [
+        [(100.0, 1.0), (300.0, 3.0)],
+        [(200.0, 2.0), (400.0, 2.5)],
+    ]

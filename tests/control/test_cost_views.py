@@ -67,6 +67,19 @@ def test_what_has_no_price_is_no_zero() -> None:
     [group] = view(rows, "model")["groups"]
     assert group["unpriced_seconds"] == 1.0
     assert group["usd_per_1000"] == {"direct": None, "loaded": None}
+    assert (group["usd"], group["usd_per_month"]) == (None, None)
+    assert group["kinds"]["direct"]["usd"] is None
+
+
+def test_inferences_without_a_price_make_the_others_no_cheaper() -> None:
+    unpriced = row("direct", 0.0, device="GPU-2", requests=3000, unpriced_ns=SECOND)
+    rows = [row("direct", 4.0, requests=1000), row("idle", 2.0), unpriced]
+    [group] = view(rows, "model", "version")["groups"]
+    assert group["usd_per_1000"] == {"direct": 4.0, "loaded": 6.0}
+    assert group["requests"] == 4000
+    # A price that came in the middle of a minute holds for as many of its requests.
+    half = row("direct", 4.0, requests=2000, ns=2 * SECOND, unpriced_ns=SECOND)
+    assert view([half])["total"]["usd_per_1000"] == {"direct": 4.0, "loaded": 4.0}
 
 
 def test_energy_is_an_estimate_where_it_is_measured() -> None:

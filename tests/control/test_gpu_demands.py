@@ -118,10 +118,10 @@ def test_a_need_is_that_of_the_worst_type_that_is_there():
 def test_the_lowest_ceiling_stays():
     needs = Needs(0.0, lambda _: None)
     assert needs.learn("digest", profile("NVIDIA L4", 1), None)
-    assert needs.ceiling("digest", "NVIDIA L4") is None
+    assert needs.ceilings("digest").get("NVIDIA L4") is None
     assert needs.learn("digest", profile("NVIDIA L4", 1), 16)
     assert not needs.learn("digest", profile("NVIDIA L4", 1), 24)
     assert not needs.learn("digest", profile("NVIDIA L4", 1), None)
-    assert needs.ceiling("digest", "NVIDIA L4") == 16
-    assert needs.ceiling("digest", "NVIDIA H100") is None
+    assert needs.ceilings("digest").get("NVIDIA L4") == 16
+    assert needs.ceilings("digest").get("NVIDIA H100") is None
     assert [row.ceiling for row in needs.rows("digest")] == [16]

@@ -215,6 +215,33 @@ def test_a_mig_slice_costs_its_share_of_the_memory(world: World) -> None:
     assert world.ledger().gpu_price("MIG-1") == pytest.approx(2.75 / 8)
 
 
+@pytest.mark.parametrize("divided_anew", [False, True])
+def test_what_no_slice_has_of_a_gpu_is_unallocated(world: World, divided_anew: bool) -> None:
+    whole = Gpu("GPU-1", "n", 0, "NVIDIA A100-SXM4-40GB", 40 << 30, divided=True)
+    parts = [
+        Gpu(f"MIG-{n}", "n", n, "NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5 << 30, mig_parent="GPU-1")
+        for n in (1, 2, 3)
+    ]
+    ledger = world.ledger()
+    for second in range(9):
+        world.now = float(second)
+        # Divided anew, it has its third slice for the first four seconds only.
+        seen = [whole, *(parts if second < 4 or not divided_anew else parts[:2])]
+        sample = GpuSample(at=0.0, energy_j=1e6 + 400.0 * second)
+        world.gpus = [Standing(g, "h", 0.0, sample, Condition(), None, (), ()) for g in seen]
+        flush(ledger)
+    found = {row.device: row for row in world.store.ledger()}
+    per_slice = 2_750_000_000 / 3600 / 8
+    # What it costs is what its parts cost, but that a slice is carried on while it may come back.
+    lost = 5 if divided_anew else 0
+    cost = sum(row.nano_usd for row in found.values())
+    assert cost == pytest.approx(8 * 8 * per_slice, abs=lost * per_slice + 4)
+    rest = found["GPU-1"]
+    assert rest.nano_usd == pytest.approx(8 * 5 * per_slice, abs=lost * per_slice + 4)
+    # Nothing of what its counter had before counts as used when its rest becomes another.
+    assert 6 * 250_000 <= (rest.energy_mj or 0) <= 8 * 300_000
+
+
 def test_minutes_and_what_is_older_than_is_kept(world: World) -> None:
     world.config = CostConfig(retention_days=1)
     ledger = world.ledger()
@@ -268,7 +295,7 @@ def test_the_energy_of_a_slice_is_its_share_of_its_gpus(world: World) -> None:
     used: Counter[str] = Counter()
     for row in world.store.ledger():
         used[row.device] += row.energy_mj or 0
-    assert used == {"MIG-1": 200_000, "MIG-2": 200_000}
+    assert used == {"MIG-1": 200_000, "MIG-2": 200_000, "GPU-1": 1_200_000}
 
 
 def test_an_agent_that_starts_anew_takes_no_energy_back(world: World) -> None:

@@ -54,6 +54,16 @@ def test_every_metric_is_exposed_and_nothing_else(tmp_path: Path) -> None:
             assert set(sample.labels) - {"le"} == set(metric.labels), name
 
 
+def test_batches_that_ran_out_of_memory_are_counted_by_replica(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    controller = serve(world, [])
+    first, *_ = found = [a for a in world.cluster.announcements() if a["version"] == "1"]
+    controller.announce({**first, "oom_batches": 3})
+    values = samples(exposition(controller, "2.60"))
+    name = "serving_replica_out_of_memory_batches_total"
+    assert [values[name, labels("1", replica=a["replica"])] for a in found] == [3.0, 0.0]
+
+
 def test_counts_are_summed_over_gateways(tmp_path: Path) -> None:
     failed = model_row("1", 4)
     failed["requests"] = {"success": 4, "deadline_exceeded": 1}

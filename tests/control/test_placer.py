@@ -208,6 +208,7 @@ def test_a_learned_ceiling_goes_with_the_next_lease(world: GpuWorld) -> None:
         lease = controller.lease_gpu(app, "another", "node", 7)
         assert lease is not None
         assert lease["ceiling"] == 24
+        assert controller.plan()["models"][0]["ceilings"] == {"NVIDIA L4": 24}
 
     run(scenario())
 
