@@ -47,6 +47,8 @@ class Admission(ABC):
         self._scheduled = False
         # Whether this version has left for good.
         self.closed = False
+        # Whether a replica can take batches. A plain attribute: splits ask it for each request.
+        self.ready = False
 
     def _schedule(self) -> None:
         """Send what waits at the end of this turn of the loop."""
@@ -61,11 +63,6 @@ class Admission(ABC):
     @abstractmethod
     def _close_if_settled(self) -> None:
         """Close a version that leaves once nothing of it waits or runs."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether a replica can take batches."""
-        return self._down_since is None and not self.closed
 
     @property
     def accepts(self) -> bool:
@@ -117,7 +114,7 @@ class Admission(ABC):
 
     def spare_rows(self) -> int:
         """How many more rows may wait without a second thought; -1 where no replica is ready."""
-        if self._down_since is not None or self.closed:
+        if not self.ready:
             return -1
         return self._room.rows - self._queue.rows
 
@@ -166,7 +163,8 @@ class Admission(ABC):
             return
         self._links.count()
         self._room.measure(self.arm, self._max_rows)
-        if self._links.connected:
+        self.ready = self._links.connected > 0
+        if self.ready:
             self._down_since = None
             return
         if self._down_since is None:

@@ -226,7 +226,7 @@ class ArmBatcher(Admission):
 
     def close(self) -> list[asyncio.Task[None]]:
         """Drop the links, and stop every timer. Returns what has yet to notice its cancellation."""
-        self.closed = True
+        self.closed, self.ready = True, False
         for timer in (self._delay, self._hold):
             if timer is not None:
                 timer.cancel()
