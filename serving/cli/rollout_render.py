@@ -37,7 +37,7 @@ Plain = Mapping[str, Any]
 
 def rollouts_table(rollouts: Sequence[Plain], now: float) -> RenderableType:
     """Rollouts, one a line."""
-    table = _grid("id", "model", "versions", "plan", "state", "weight", "started", "took", "reason")
+    table = _grid("id", "model", "versions", "plan", "state", "weight", "started", "took", "what")
     for r in rollouts:
         end = now if r["finished_at"] is None else r["finished_at"]
         table.add_row(
@@ -49,7 +49,7 @@ def rollouts_table(rollouts: Sequence[Plain], now: float) -> RenderableType:
             words.percent(r["weight"]),
             words.moment(r["created_at"]),
             words.duration(int(end - r["created_at"])),
-            Text(f"{r['actor']}: {r['reason'] or '–'}", no_wrap=True, overflow="ellipsis"),
+            _one_line(Text(words.news(r))),
         )
     return table
 

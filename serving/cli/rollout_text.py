@@ -125,6 +125,13 @@ def headline(rollout: Mapping[str, Any]) -> str:
     return f"{progress(rollout)}, {percent(rollout['weight'])} to version {rollout['canary']}"
 
 
+def news(rollout: Mapping[str, Any]) -> str:
+    """Of a listed rollout that runs what happens next, else who ended it and why."""
+    if rollout["next"] is not None:
+        return str(rollout["next"])
+    return f"{rollout['actor']}: {rollout['reason'] or 'no reason given'}"
+
+
 def rollback(rollout: Mapping[str, Any]) -> str:
     """A line about how long a rollback took, or nothing."""
     took_ms = rollout["rollback_ms"]
