@@ -69,7 +69,7 @@ def _until_ready(rollout: Rollout, snapshot: Snapshot) -> str:
 def _until_shadowed(rollout: Rollout, snapshot: Snapshot) -> str:
     shadow, then = rollout.spec.shadow, _following(rollout)
     if shadow is None:
-        return f"{then} at once."
+        return _asking(rollout, snapshot, then)
     left = shadow.max_duration_s - (snapshot.now - rollout.entered_at)
     if left <= 0 or pairs_compared(snapshot) >= shadow.min_pairs:
         return _asking(rollout, snapshot, then)

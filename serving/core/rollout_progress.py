@@ -26,8 +26,9 @@ WATCHED: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The event that a tick found with its reason; or none, what has to happen before there is one,
-    and whether evidence is waited for.
+    """The event that a tick found with its reason; or none, and whether evidence is waited for.
+
+    Where web services are waited for, the reason is what they have to say first.
     """
 
     event: Event | None = None

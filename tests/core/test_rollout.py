@@ -543,6 +543,12 @@ def test_webhooks_are_asked_when_their_time_has_come() -> None:
     assert asked == ["pre-rollout:0:0", "pre-step:0:0", "pre-step:1:0", "pre-step:2:0"]
 
 
+def test_without_a_shadow_the_first_step_still_waits_for_its_webhook_and_says_so() -> None:
+    w = world(plan(shadow=None, webhooks=(Webhook("pre-step", "http://b"),))).to(State.SHADOWING)
+    assert w.tick(30).state is State.SHADOWING
+    assert w.next == "Step 1 (5 %) begins when the pre-step webhook at http://b says yes."
+
+
 PROCEEDING = {
     "gate": {"steps": (Step(5, 60, gate=Gate(on_timeout="proceed", timeout_s=100)), Step(50, 60))},
     "evidence": {
