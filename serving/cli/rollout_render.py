@@ -37,7 +37,7 @@ Plain = Mapping[str, Any]
 
 def rollouts_table(rollouts: Sequence[Plain], now: float) -> RenderableType:
     """Rollouts, one a line."""
-    table = _grid("id", "model", "versions", "plan", "state", "weight", "started", "took", "reason")
+    table = _grid("id", "model", "versions", "plan", "state", "weight", "started", "took", "what")
     for r in rollouts:
         end = now if r["finished_at"] is None else r["finished_at"]
         table.add_row(
@@ -49,14 +49,14 @@ def rollouts_table(rollouts: Sequence[Plain], now: float) -> RenderableType:
             words.percent(r["weight"]),
             words.moment(r["created_at"]),
             words.duration(int(end - r["created_at"])),
-            Text(f"{r['actor']}: {r['reason'] or '–'}", no_wrap=True, overflow="ellipsis"),
+            _one_line(Text(words.news(r))),
         )
     return table
 
 
 def status_view(rollout: Plain, now: float) -> RenderableType:
     """Where a rollout is, its traffic, and what happens next."""
-    return Group(*_headline(rollout, now), _next(rollout), Text(""), _arms_table(rollout))
+    return Group(*_headline(rollout, now), _next(rollout), Text(""), _traffic(rollout))
 
 
 def explain_view(rollout: Plain, audit: Sequence[Plain], now: float) -> RenderableType:
@@ -66,7 +66,7 @@ def explain_view(rollout: Plain, audit: Sequence[Plain], now: float) -> Renderab
         _next(rollout),
         *_section("rollout", _identity(rollout)),
         *_section("plan", _plan_view(rollout)),
-        *_section("traffic", _arms_table(rollout)),
+        *_section("traffic", _traffic(rollout)),
         *_section("verdicts", _verdicts_view(rollout)),
         *_section("audit", audit_table(audit)),
     )
@@ -77,7 +77,7 @@ class WatchView:
 
     `events` are the last audit entries, oldest first, `notice` says what is wrong with the view.
     Where there is too little room the oldest events go first, then blank lines, then what is past
-    the first line of the reason; triggers stay.
+    the first line of the reason and how the shadow compared; triggers stay.
     """
 
     def __init__(self, rollout: Plain, events: Sequence[Plain], now: float, notice: str) -> None:
@@ -107,7 +107,7 @@ class WatchView:
         cut: bool = False,
         short: bool = False,
     ) -> RenderableType:
-        """`cut` gives the head one line a sentence, `short` each event."""
+        """`cut` leaves the head one line a sentence and the shadow none, `short` each event one."""
         rollout = self._rollout
         blank = (Text(""),) if blanks else ()
         head = [*_headline(rollout, self._now), _next(rollout)]
@@ -115,7 +115,7 @@ class WatchView:
             *(_one_line(text) if cut else text for text in head),
             *((Text(self._notice, style="yellow"),) if self._notice else ()),
             _weight_bar(rollout),
-            _arms_table(rollout),
+            _arms_table(rollout) if cut else _traffic(rollout),
             *blank,
             _evidence_table(rollout),
             *blank,
@@ -235,6 +235,12 @@ def _plan_view(rollout: Plain) -> RenderableType:
         sign, style = _MARKS[line.mark]
         lines.append(Text(f"{sign} {line.what}", style=style))
     return Group(*lines)
+
+
+def _traffic(rollout: Plain) -> RenderableType:
+    """What each arm answered and, where requests were copied, how the answers compared."""
+    compared = words.compared(rollout["shadowed"])
+    return Group(_arms_table(rollout), *((Text(compared),) if compared else ()))
 
 
 def _arms_table(rollout: Plain) -> RenderableType:

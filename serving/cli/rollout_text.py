@@ -125,6 +125,23 @@ def headline(rollout: Mapping[str, Any]) -> str:
     return f"{progress(rollout)}, {percent(rollout['weight'])} to version {rollout['canary']}"
 
 
+def compared(shadowed: Mapping[str, int]) -> str:
+    """How the answers to copies compared: "shadow: 80 pairs, 4 differ (5 %)"; "" without any."""
+    pairs, differ, dropped = (shadowed[key] for key in ("pairs", "disagreements", "dropped"))
+    if not pairs and not dropped:
+        return ""
+    share = f" ({percent(differ / pairs)})" if pairs else ""
+    left_out = f", {count(dropped)} copies dropped" if dropped else ""
+    return f"shadow: {count(pairs)} pairs of answers, {count(differ)} differ{share}{left_out}"
+
+
+def news(rollout: Mapping[str, Any]) -> str:
+    """Of a listed rollout that runs what happens next, else who ended it and why."""
+    if rollout["next"] is not None:
+        return str(rollout["next"])
+    return f"{rollout['actor']}: {rollout['reason'] or 'no reason given'}"
+
+
 def rollback(rollout: Mapping[str, Any]) -> str:
     """A line about how long a rollback took, or nothing."""
     took_ms = rollout["rollback_ms"]

@@ -7,7 +7,6 @@ are taken while a rollout asks for them; of too many the oldest go. Nothing is w
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -161,21 +160,30 @@ def _checked(row: object, position: int) -> dict[str, Any]:
         )
     if not _is_label(label):
         raise InvalidRequest(
-            f"{where}: label is a string of at most {_LONGEST_LABEL} characters, a finite number, "
-            f"true or false, or a list of at most {_MOST_LABELS} of them"
+            f"{where}: label is the class that the answer should have had, an integer; for an "
+            f"answer of several rows a list of them, {_MOST_LABELS} at most"
         )
     return {"request_id": request_id, "label": label}
 
 
 def _is_label(label: object) -> bool:
     if isinstance(label, list):
-        return 0 < len(label) <= _MOST_LABELS and all(_is_scalar(v) for v in label)
-    return _is_scalar(label)
+        return 0 < len(label) <= _MOST_LABELS and all(_is_class(v) for v in label)
+    return _is_class(label)
 
 
-def _is_scalar(value: object) -> bool:
+def _is_class(value: object) -> bool:
+    """Whether gateways can take it for a class: what they cannot would count for nothing."""
     if isinstance(value, str):
-        return len(value) <= _LONGEST_LABEL
+        return len(value) <= _LONGEST_LABEL and _is_integer(value)
     if isinstance(value, int):
         return abs(value) < 1 << 63
-    return isinstance(value, float) and math.isfinite(value)
+    return isinstance(value, float) and value.is_integer()
+
+
+def _is_integer(text: str) -> bool:
+    try:
+        int(text)
+    except ValueError:
+        return False
+    return True

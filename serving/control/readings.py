@@ -10,6 +10,7 @@ from serving.control.reconcile import Blocking
 from serving.control.records import Record
 from serving.control.rollout_views import listed
 from serving.control.rollouts import Rollouts
+from serving.core.rollout_outlook import next_sentence
 from serving.store.audit import Head
 from serving.store.sql import Store
 
@@ -27,10 +28,15 @@ class Readings:
         """Rollouts, newest first. Raises `StoreError`."""
         read = partial(self._store.rollouts, model=model, active=active, limit=limit)
         running = {r.rollout.id: r for r in self._rollouts.records}
-        return [
-            listed(running.get(row.id) or Record.from_row(row))
-            for row in await self._in_store(read)
-        ]
+        rows = await self._in_store(read)
+        return [self._listed(running.get(row.id) or Record.from_row(row)) for row in rows]
+
+    def _listed(self, record: Record) -> dict[str, Any]:
+        """Its document, and what happens next; None of a rollout that is over."""
+        if not record.rollout.active:
+            return {**listed(record), "next": None}
+        snapshot = self._rollouts.observer.sight(record)
+        return {**listed(record), "next": next_sentence(record.rollout, snapshot)}
 
     async def audit(
         self, *, after: int | None, limit: int, subject: str | None

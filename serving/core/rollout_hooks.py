@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from serving.core.rollout_spec import Gate, Webhook
-from serving.core.rollout_types import Hook, Rollout
+from serving.core.rollout_types import Hook, ProviderState, Rollout
 
 _GATE_TIMEOUT_S: Final = 10.0
 
@@ -33,3 +33,10 @@ def hooks(rollout: Rollout, event: str) -> tuple[Hook, ...]:
         Hook(f"{place}:{i}", w.url, w.timeout_s, w.secret_env)
         for i, w in enumerate(webhooks(rollout, event))
     )
+
+
+def so_far(answer: ProviderState | None) -> str:
+    """What a web service that has not said yes did say, in brackets; "" where that is nothing."""
+    if answer is None or answer.outcome == "ok" or not answer.message:
+        return ""
+    return f" (so far: {answer.message})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from serving.core.rollout_hooks import gate_key, so_far
 from serving.core.rollout_progress import (
     find_event,
     gate_passed,
@@ -68,7 +69,7 @@ def _until_ready(rollout: Rollout, snapshot: Snapshot) -> str:
 def _until_shadowed(rollout: Rollout, snapshot: Snapshot) -> str:
     shadow, then = rollout.spec.shadow, _following(rollout)
     if shadow is None:
-        return f"{then} at once."
+        return _asking(rollout, snapshot, then)
     left = shadow.max_duration_s - (snapshot.now - rollout.entered_at)
     if left <= 0 or pairs_compared(snapshot) >= shadow.min_pairs:
         return _asking(rollout, snapshot, then)
@@ -105,7 +106,8 @@ def _until_passed(rollout: Rollout, snapshot: Snapshot) -> str:
     if step is None or step.gate is None or passed:
         return _asking(rollout, snapshot, then)
     gate = step.gate
-    asked = "a person approves" if gate.type == "manual" else f"{place(gate.url)} says yes"
+    said = so_far(snapshot.providers.get(gate_key(rollout.step)))
+    asked = "a person approves" if gate.type == "manual" else f"{place(gate.url)} says yes{said}"
     over = gate.timeout_s - (snapshot.now - rollout.entered_at)
     action = {"pause": "is paused", "rollback": "is rolled back", "proceed": "goes on"}
     return f"{then} when {asked}. Without it the rollout {action[gate.on_timeout]} in {span(over)}."
@@ -113,7 +115,7 @@ def _until_passed(rollout: Rollout, snapshot: Snapshot) -> str:
 
 def _asking(rollout: Rollout, snapshot: Snapshot, then: str) -> str:
     finding = find_event(rollout, snapshot)
-    return f"{then} at once." if finding.event else f"{then} after {finding.reason}."
+    return f"{then} at once." if finding.event else f"{then} when {finding.reason}."
 
 
 def _following(rollout: Rollout) -> str:

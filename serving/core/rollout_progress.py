@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from serving.core.rollout_hooks import gate_hook, gate_key, hooks, webhooks
+from serving.core.rollout_hooks import gate_hook, gate_key, hooks, so_far, webhooks
 from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction, TriggerAction
 from serving.core.rollout_states import PAUSABLE, Event, State
 from serving.core.rollout_timing import units_needed
@@ -26,7 +26,10 @@ WATCHED: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The event that a tick found with its reason; or none, and whether evidence is waited for."""
+    """The event that a tick found with its reason; or none, and whether evidence is waited for.
+
+    Where web services are waited for, the reason is what they have to say first.
+    """
 
     event: Event | None = None
     reason: str = ""
@@ -350,7 +353,7 @@ def _gate_timeout(rollout: Rollout, snapshot: Snapshot) -> tuple[TimeoutAction, 
     if snapshot.now - rollout.entered_at < gate.timeout_s:
         return None
     reason = f"nobody passed the gate of step {rollout.step + 1} within {span(gate.timeout_s)}"
-    return gate.on_timeout, reason
+    return gate.on_timeout, reason + so_far(snapshot.providers.get(gate_key(rollout.step)))
 
 
 def _insufficient(rollout: Rollout, snapshot: Snapshot) -> tuple[TimeoutAction, str] | None:
@@ -382,10 +385,8 @@ def _asked(
         where = f"the {event} webhook at {place(webhook.url)}"
         answer = snapshot.providers.get(hook.key)
         if answer is not None and answer.fails >= webhook.failures:
-            return Finding(
-                Event.FAIL,
-                f"{where} refused {answer.fails} times in a row",
-            )
+            about = f": {answer.message}" if answer.message else ""
+            return Finding(Event.FAIL, f"{where} refused {answer.fails} times in a row{about}")
         if answer is None or answer.outcome != "ok":
-            return Finding(reason=f"waiting for {where}")
+            return Finding(reason=f"{where} says yes{so_far(answer)}")
     return Finding(then, reason)

@@ -98,7 +98,9 @@ def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     ]
     frozen = [e.latency_bounds for e in rollout.epochs if e.latency_bounds]
     if not frozen:
-        n = min(stable_so_far(snapshot.counts).latency.total, MIN_ANSWERS)
+        n = stable_so_far(snapshot.counts).latency.total
+        if n >= MIN_ANSWERS:
+            return hold(trigger, "judged from the first step on, which sets its bounds: holds")
         return hold(trigger, f"waits for {MIN_ANSWERS} answers of stable to judge by, {n} so far")
     *compared, alone = frozen[-1]
     facts = "; ".join(

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from serving.control.rollout_views import shadow_summary
 from serving.core.rollout import command, decide, new_rollout
 from serving.core.rollout_counts import (
     ARMS,
@@ -149,6 +150,7 @@ class Story:
         return {
             **self.rollout.to_dict(),
             "arms": {arm: self._arm(arm) for arm in ARMS},
+            "shadowed": shadow_summary(self.traffic.counts),
             "rollback_ms": None,
             "next": next_sentence(self.rollout, self.snapshot),
         }

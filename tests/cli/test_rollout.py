@@ -153,8 +153,10 @@ def test_list_and_history(cli: Cli) -> None:
     assert [r["id"] for r in cli.json("rollout", "list")] == ["digits:2", "digits:1"]
     assert [r["id"] for r in cli.json("rollout", "list", "--active")] == ["digits:2"]
     lines = cli("rollout", "history", "digits").splitlines()
-    ids = [line.split()[0] for line in lines if "digits" in line]
-    assert ids == ["digits:2", "digits:1"]
+    running, ended = [line for line in lines if "digits" in line]
+    assert [line.split()[0] for line in (running, ended)] == ["digits:2", "digits:1"]
+    assert "Step 2 (25 %) begins in" in running
+    assert "controller: errors: canary failed" in ended
     assert cli("rollout", "history", "other") == "other: no rollout yet\n"
 
 

@@ -47,7 +47,7 @@ STORIES: dict[str, Callable[[], Story]] = {
 }
 # What of it nobody may have to guess.
 SAID = {
-    "pending": ["▶ prepare version 2", "waiting for the pre-rollout webhook at http://hook"],
+    "pending": ["▶ prepare version 2", "when the pre-rollout webhook at http://hook says yes"],
     "preparing": ["▶ prepare version 2", "1 of 2 replicas"],
     "shadowing": ["✓ prepare version 2", "▶ shadow: copies of 20 % of requests"],
     "observing": ["observing, step 1 of 3, 5 % to version 2", "✓ shadow", "▶ step 1: 5 % for 5 s"],
@@ -165,6 +165,20 @@ def test_what_an_inference_costs_is_beside_its_arm() -> None:
     rows = [line.split() for line in printed(explain_view(raw, [], story.now)).splitlines()]
     costs = {row[0]: row[-1] for row in rows if row[:2] in (["canary", "2"], ["stable", "1"])}
     assert costs == {"stable": "unpriced", "canary": "0.00312"}
+
+
+def test_the_shadow_says_how_answers_compared() -> None:
+    story = Story(SAFE).until("shadowing").pass_time(3)
+    raw = {**story.to_dict(), "shadowed": {"pairs": 1200, "disagreements": 6, "dropped": 4}}
+    line = "shadow: 1,200 pairs of answers, 6 differ (0.5 %), 4 copies dropped"
+    for view in (
+        status_view(raw, story.now),
+        WatchView(raw, [], story.now, ""),
+        explain_view(raw, [], story.now),
+    ):
+        assert line in printed(view)
+    raw["shadowed"] = {"pairs": 0, "disagreements": 0, "dropped": 0}
+    assert "pairs of answers," not in printed(status_view(raw, story.now))
 
 
 def test_without_traffic_nothing_is_made_up() -> None:

@@ -235,12 +235,12 @@ def test_a_label_goes_to_every_gateway_until_one_has_joined_it(world: RolloutWor
         assert "no rollout that runs has `feedback`" in refused.json()["error"]
         await client.post("/v1/rollouts", json={"model": "m", "to": "2", "plan": LABELLED, **WHO})
         await world.until(controller, "observing")
-        labels = [{"request_id": "r1", "label": "cat"}, {"request_id": "r2", "label": [1, 0]}]
+        labels = [{"request_id": "r1", "label": "7"}, {"request_id": "r2", "label": [1, 0]}]
         assert (await client.post("/v1/feedback", json=labels)).json() == {"accepted": 2}
-        one = await client.post("/v1/feedback", json={"request_id": "r3", "label": 3.5})
+        one = await client.post("/v1/feedback", json={"request_id": "r3", "label": 3.0})
         assert one.json() == {"accepted": 1}
         first, second = (g.report() for g in world.traffic.fleet)
-        everything = [*labels, {"request_id": "r3", "label": 3.5}]
+        everything = [*labels, {"request_id": "r3", "label": 3.0}]
         assert controller.report(first) == {"feedback": everything}
         assert controller.report(first) == {}, "not again at once"
         assert controller.report(second) == {"feedback": everything}
@@ -317,7 +317,10 @@ def test_a_later_label_of_a_request_replaces_the_first() -> None:
         {"request_id": "r", "label": []},
         {"request_id": "r", "label": [[1]]},
         {"request_id": "r", "label": float("nan")},
-        {"request_id": "r", "label": "x" * 65},
+        {"request_id": "r", "label": "cat"},
+        {"request_id": "r", "label": 3.5},
+        {"request_id": "r", "label": [1, "cat"]},
+        {"request_id": "r", "label": "1" * 65},
         {"request_id": "r", "label": 1 << 63},
         {"request_id": "r", "label": 1, "model": "m"},
     ],

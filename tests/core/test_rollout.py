@@ -485,9 +485,19 @@ def test_a_webhook_gate_asks_until_it_says_yes() -> None:
     assert (hook.key, hook.url) == ("gate:0", "http://gate")
     w.providers = {hook.key: SILENT}
     assert w.tick(100).state is State.AWAITING_GATE
+    assert "when http://gate says yes (so far: connection refused)." in w.next
     w.providers = {hook.key: OK}
     assert w.tick().step == 1
     assert w.rollout.reason == "the gate's webhook said yes"
+
+
+def test_a_webhook_gate_that_was_silent_too_long_says_what_it_answered() -> None:
+    w = world(gated(type="webhook", url="http://gate", timeout_s=60)).to(State.AWAITING_GATE)
+    w.providers = {"gate:0": SILENT}
+    assert w.tick(60).state is State.PAUSED
+    assert w.rollout.reason == (
+        "nobody passed the gate of step 1 within 60 s (so far: connection refused)"
+    )
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -525,12 +535,18 @@ def test_webhooks_are_asked_when_their_time_has_come() -> None:
         for hook in due_hooks(w.rollout, w.snapshot()):
             before = w.rollout
             assert w.tick().state is before.state
-            assert w.next.endswith(f"webhook at {hook.url}.")
+            assert w.next.endswith(f" when the {hook.key[:-4]} webhook at {hook.url} says yes.")
             asked.append(hook.key)
             w.providers = {**w.providers, hook.key: OK}
         w.tick()
     assert w.rollout.state is State.SUCCEEDED
     assert asked == ["pre-rollout:0:0", "pre-step:0:0", "pre-step:1:0", "pre-step:2:0"]
+
+
+def test_without_a_shadow_the_first_step_still_waits_for_its_webhook_and_says_so() -> None:
+    w = world(plan(shadow=None, webhooks=(Webhook("pre-step", "http://b"),))).to(State.SHADOWING)
+    assert w.tick(30).state is State.SHADOWING
+    assert w.next == "Step 1 (5 %) begins when the pre-step webhook at http://b says yes."
 
 
 PROCEEDING = {
@@ -553,7 +569,7 @@ def test_a_plan_that_proceeds_asks_the_webhooks_first(missing: str) -> None:
     for _ in range(200):
         w.tick()
         assert asked() == ["pre-step:1:0"], "until it has answered"
-        assert w.next.startswith("Step 2 (50 %) begins after waiting for the pre-step webhook at ")
+        assert w.next == "Step 2 (50 %) begins when the pre-step webhook at http://b says yes."
     assert w.rollout.step == 0
     w.providers["pre-step:1:0"] = OK
     w.tick()
@@ -562,11 +578,18 @@ def test_a_plan_that_proceeds_asks_the_webhooks_first(missing: str) -> None:
 
 
 def test_webhooks_that_refuse_take_the_version_back() -> None:
-    w = world(hooked(), providers={"pre-rollout:0:0": ProviderState("fail", fails=2)})
+    no = ProviderState("fail", fails=2, message="http://a says fail: red")
+    w = world(hooked(), providers={"pre-rollout:0:0": no})
     assert w.tick().state is State.PENDING
-    w.providers = {"pre-rollout:0:0": ProviderState("fail", fails=3)}
+    assert w.next == (
+        "Preparing begins when the pre-rollout webhook at http://a says yes "
+        "(so far: http://a says fail: red)."
+    )
+    w.providers = {"pre-rollout:0:0": replace(no, fails=3)}
     assert w.tick().state is State.ROLLED_BACK
-    assert w.rollout.reason == "the pre-rollout webhook at http://a refused 3 times in a row"
+    assert w.rollout.reason == (
+        "the pre-rollout webhook at http://a refused 3 times in a row: http://a says fail: red"
+    )
     w = world(hooked(), providers={"pre-rollout:0:0": OK, "pre-step:0:0": BAD})
     w.until(State.ROLLING_BACK)
     assert set(weights(w.rollout)) == {0}

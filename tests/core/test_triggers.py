@@ -277,6 +277,10 @@ def test_latency_waits_for_bounds() -> None:
     verdict = judged(epoch(failures(100, 0), failures(100, 0)), "latency")
     assert verdict.verdict is Outcome.HOLD
     assert "waits for 400 answers of stable to judge by, 0 so far" in verdict.sentence
+    verdict = judged(epoch(failures(100, 0), answers([0.01] * 900)), "latency")
+    assert verdict.sentence == (
+        "latency: judged from the first step on, which sets its bounds: holds"
+    )
 
 
 @pytest.mark.parametrize(
