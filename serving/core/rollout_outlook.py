@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from serving.core.rollout_hooks import gate_key, so_far
 from serving.core.rollout_progress import (
     find_event,
@@ -16,11 +18,20 @@ from serving.core.rollout_states import State
 from serving.core.rollout_types import Rollout, Snapshot
 from serving.core.urls import place
 
+_STAGES: Final = {
+    State.PENDING: "preparing",
+    State.PREPARING: "preparing",
+    State.SHADOWING: "shadow traffic",
+    State.OBSERVING: "its step",
+    State.AWAITING_GATE: "its gate",
+    State.BAKING: "its bake",
+}
+
 
 def next_sentence(rollout: Rollout, snapshot: Snapshot) -> str:
     """What the next ticks wait for, or what they will do."""
     if rollout.state is State.PAUSED:
-        return f"Paused ({rollout.reason}); goes on with {_words(rollout.stage)} when resumed."
+        return _paused(rollout)
     if lost := lost_arms(rollout):
         return _without(rollout, snapshot, lost)
     match rollout.state:
@@ -47,6 +58,13 @@ def next_sentence(rollout: Rollout, snapshot: Snapshot) -> str:
         case State.ROLLBACK_FAILED:
             return f"Needs a person: {rollout.reason}. Ends by itself once that is mended."
     return _ended(rollout, snapshot)
+
+
+def _paused(rollout: Rollout) -> str:
+    passing = "; approve passes it too" if rollout.stage is State.AWAITING_GATE else ""
+    return (
+        f"Paused ({rollout.reason}). Goes on with {_STAGES[rollout.stage]} when resumed{passing}."
+    )
 
 
 def _without(rollout: Rollout, snapshot: Snapshot, lost: tuple[str, ...]) -> str:
@@ -146,7 +164,3 @@ def _start(rollout: Rollout, version: str) -> str:
 
 def _version(rollout: Rollout) -> str:
     return f"version {rollout.canary}"
-
-
-def _words(state: State) -> str:
-    return state.value.replace("_", " ")

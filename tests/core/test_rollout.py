@@ -366,7 +366,7 @@ def test_a_pausing_trigger_pauses_and_a_resume_goes_past_it() -> None:
     assert "queue: answered bad" in w.rollout.reason
     assert "value 7" in w.rollout.reason
     assert w.next.startswith("Paused (queue: answered bad")
-    assert w.next.endswith("goes on with observing when resumed.")
+    assert w.next.endswith("Goes on with its step when resumed.")
     w.tick(1000)
     w.say("resume", "known")
     assert (w.rollout.actor, w.rollout.reason) == ("grace", "known")
@@ -457,6 +457,7 @@ def test_a_gate_that_nobody_passes_pauses_and_can_be_approved_then() -> None:
     w.tick(600)
     assert w.rollout.state is State.PAUSED
     assert w.rollout.reason == "nobody passed the gate of step 1 within 10 min"
+    assert w.next.endswith("Goes on with its gate when resumed; approve passes it too.")
     w.say("approve")
     assert w.rollout.state is State.AWAITING_GATE
     assert w.tick().step == 1
