@@ -13,6 +13,11 @@ from serving.core.rollout_states import Event
 
 def applied(record: Record, intent: Intent, actor: str, now: float) -> Record:
     """After an apply that means this for the record's model."""
+    cleared = intent.cleared is not None and intent.cleared.rollout.id == record.rollout.id
+    return replace(_applied(record, intent, actor, now), cleared=record.cleared or cleared)
+
+
+def _applied(record: Record, intent: Intent, actor: str, now: float) -> Record:
     if not record.rollout.active:
         return let_go(record) if intent.released or intent.kind == "rollout" else record
     if intent.ends:

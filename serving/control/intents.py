@@ -44,6 +44,7 @@ class Intent:
 
     `stable` and `canary` are the rollout's, where there is one. `ends` says why running rollouts
     are taken back ("" where they go on), `released` that they no longer lay the model out.
+    `cleared` is the rollout whose version becomes the stable one although it was not rolled out.
     """
 
     kind: Kind
@@ -53,6 +54,7 @@ class Intent:
     reason: str = ""
     ends: str = ""
     released: bool = False
+    cleared: Record | None = None
 
 
 def intend(asked: ServedModel, plan: RolloutSpec | None, seen: Situation) -> Intent:
@@ -61,6 +63,13 @@ def intend(asked: ServedModel, plan: RolloutSpec | None, seen: Situation) -> Int
     Raises `ConflictError` where the new version cannot stand in for the old one, and `ConfigError`
     where the plan asks for what the model does not have.
     """
+    intent, past = _intended(asked, plan, seen), seen.past
+    if intent.kind == "direct" and past is not None and past.rollout.state is not State.SUCCEEDED:
+        return replace(intent, cleared=past)
+    return intent
+
+
+def _intended(asked: ServedModel, plan: RolloutSpec | None, seen: Situation) -> Intent:
     target = asked.versions[asked.version]
     newest = seen.running[-1] if seen.running else None
     if newest is not None and _aims_at(newest, target) and not _may_retry(newest):
@@ -184,9 +193,11 @@ def _base(seen: Situation, target: ServedVersion) -> ServedVersion | None:
         wanted = seen.current.versions if seen.current is not None else {}
         return wanted.get(version) or seen.routed.versions[version]
     past = seen.past
-    if seen.current is None and past is not None and _aims_at(past, target):
-        return seen.rebuilt if past.rollout.state is not State.SUCCEEDED else None
-    return None
+    if past is None or past.cleared or past.rollout.state is State.SUCCEEDED:
+        return None
+    # The version before it may still be loading.
+    loading = seen.current is None or seen.current.version == past.rollout.stable
+    return seen.rebuilt if loading and _aims_at(past, target) else None
 
 
 def _aims_at(record: Record, target: ServedVersion) -> bool:
@@ -195,7 +206,7 @@ def _aims_at(record: Record, target: ServedVersion) -> bool:
 
 def _took_back(record: Record) -> bool:
     over = record.taking_back or record.rollout.state is State.ROLLED_BACK
-    return over and not record.retry
+    return over and not record.retry and not record.cleared
 
 
 def _may_retry(record: Record) -> bool:

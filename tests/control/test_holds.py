@@ -1,0 +1,103 @@
+"""Versions that were taken back and are held, and what ends that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.control.controller import Controller
+from tests.control.rollout_world import RolloutWorld, default, replayed, standing
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> RolloutWorld:
+    return RolloutWorld(tmp_path)
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(scenario)
+
+
+async def held(world: RolloutWorld) -> Controller:
+    """Version 1 answers; version 2 was rolled back by hand, and is held."""
+    controller = await world.serving()
+    await world.rolled_out(controller, "2")
+    await controller.command_rollout(
+        "m", "rollback", actor="ann", reason="odd", expected_state=None
+    )
+    await world.until(controller, "rolled_back")
+    return controller
+
+
+async def anew(world: RolloutWorld, deployment: str = "second") -> Controller:
+    """The controller of another deployment on the same store, where nothing runs yet."""
+    world.deployment, world.cluster.phases = deployment, {}
+    return await world.controller()
+
+
+def changes(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(row["change"], row["version"]) for row in plan["changes"]]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_switch_to_a_held_version_ends_the_hold_for_good(
+    world: RolloutWorld, ended: bool
+) -> None:
+    async def scenario() -> None:
+        if ended:
+            controller = await held(world)
+        else:
+            # Its rollback has begun, and has not come to its end.
+            controller = await world.observing()
+            await controller.command_rollout(
+                "m", "abort", actor="ann", reason="odd", expected_state=None
+            )
+        await world.change(controller, "2", rollout="immediate")
+        await world.seconds(controller, 4)
+        assert default(controller) == "2"
+        assert changes(await world.change(controller, "2"))[-1] == ("unchanged", "2")
+        again = await anew(world)
+        assert changes(await world.change(again, "2")) == [("start", "2")]
+        await world.seconds(again, 4)
+        assert default(again) == "2"
+        assert replayed(world.store) == standing(world.store)
+
+    run(scenario())
+
+
+def test_an_immediate_start_of_a_held_version_ends_the_hold(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        await held(world)
+        again = await anew(world)
+        await world.change(again, "2", rollout="immediate")
+        await world.seconds(again, 4)
+        third = await anew(world, "third")
+        assert changes(await world.change(third, "2")) == [("start", "2")]
+
+    run(scenario())
+
+
+def test_a_dry_run_ends_no_hold(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        controller = await held(world)
+        asked = {"m": {"version": "2", "rollout": "immediate"}}
+        await world.apply(controller, asked, dry_run=True)
+        assert changes(await world.change(controller, "2"))[-1] == ("held", "2")
+
+    run(scenario())
+
+
+def test_a_held_version_stays_held_while_the_stable_one_loads(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        await held(world)
+        again = await anew(world)
+        for change in ("start", "unchanged"):
+            assert changes(await world.change(again, "2")) == [(change, "1"), ("held", "2")]
+        await world.seconds(again, 4)
+        assert default(again) == "1"
+
+    run(scenario())
