@@ -162,7 +162,7 @@ def _same_target(
     stable = _sized(stable, target, seen)
     desired = _beside(asked, stable)
     if newest.taking_back:
-        reason = f"it is being taken back ({newest.rollout.reason})"
+        reason = f"is being taken back ({newest.rollout.reason})"
         return Intent("held", desired, reason=reason)
     # Behind another one that is being taken back it is not laid out yet.
     first = seen.running[0] is newest
@@ -223,7 +223,7 @@ def _why_held(past: Record) -> str:
     rollout = past.rollout
     return (
         f"was taken back by rollout {rollout.id} ({rollout.reason}) and is not tried again; "
-        f"serving rollout start {rollout.model} --to {rollout.canary} does"
+        f"to try it again: serving rollout start {rollout.model} --to {rollout.canary}"
     )
 
 
