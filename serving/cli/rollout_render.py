@@ -270,14 +270,17 @@ def _failed(arm: Plain) -> str:
 
 
 def _weight_bar(rollout: Plain) -> RenderableType:
+    if rollout["state"] in words.ENDED and not any(a["weight"] for a in rollout["arms"].values()):
+        return Text(f"version {rollout['answering'] or 'none'} answers now")
     cells = 40
-    filled = round(rollout["weight"] * cells)
+    weight = rollout["arms"]["canary"]["weight"]
+    filled = round(weight * cells)
     copies = f", copies of {words.percent(rollout['shadow'])}" if rollout["shadow"] else ""
     return Text.assemble(
         f"version {rollout['stable']} ",
         ("━" * (cells - filled), "blue"),
         ("━" * filled, "cyan"),
-        f" version {rollout['canary']} {words.percent(rollout['weight'])}{copies}",
+        f" version {rollout['canary']} {words.percent(weight)}{copies}",
     )
 
 

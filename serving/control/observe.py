@@ -132,9 +132,11 @@ class Observer:
         return len(self._reconciler.endpoints.get(served.app.name, ())) if served else 0
 
     def wanted(self, record: Record, version: str) -> int:
-        """Replicas that a version is to have."""
+        """Replicas that a version is to have: none where nobody asks for it any more."""
         model = self._reconciler.state.desired.models.get(record.rollout.model)
         served = model.versions.get(version) if model else None
+        if served is None and not record.live:
+            return 0
         app = (served or record.served.versions[version]).app
         return self._reconciler.state.wanted(app)
 

@@ -199,7 +199,9 @@ class Operations:
     def shown(self, record: Record) -> dict[str, Any]:
         """A rollout with what its arms counted, and what happens next."""
         observer = self._rollouts.observer
-        return shown(record, observer.sight(record), observer)
+        routed = self._reconciler.state.routed.models.get(record.rollout.model)
+        answering = routed.version if routed else None
+        return shown(record, observer.sight(record), observer, answering)
 
     # What a model is to become.
 
