@@ -338,7 +338,11 @@ def _event(entry: Plain) -> Text:
 
 
 def _gist(entry: Plain) -> str:
-    """What an audit entry says beside its action: the weight from then on, and why."""
+    """What an audit entry says beside its action: an apply's changes or the weight; and why."""
     body = entry["body"]
+    if entry["action"] == "apply":
+        return ": ".join(
+            part for part in (words.changed(body["changes"]), body.get("reason")) if part
+        )
     weight = f"{words.percent(body['weight'])}: " if "weight" in body else ""
     return f"{weight}{body.get('reason') or '–'}"

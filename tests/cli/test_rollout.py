@@ -281,6 +281,15 @@ def test_what_was_is_said_in_the_past_tense_after_a_later_apply(idle: Cli) -> No
     assert "━" not in watched.output
 
 
+def test_the_audit_log_shows_what_an_apply_changed(idle: Cli) -> None:
+    switch(idle, "2")
+    switch(idle, "2")
+    first, second, third = idle("audit").splitlines()[-3:]
+    assert first.rstrip().endswith("  digits: start 1")
+    assert "digits: stop 1, start 2" in second
+    assert "nothing changed" in third
+
+
 def test_audit_verify(cli: Cli) -> None:
     count = cli.json("audit")[-1]["seq"]
     assert f"{count} entries, as written" in (said := cli("audit", "verify"))

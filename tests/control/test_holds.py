@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from serving.control.controller import Controller
+from serving.errors import ConflictError, NotFound
 from tests.control.rollout_world import RolloutWorld, default, replayed, standing
 
 
@@ -26,9 +27,7 @@ async def held(world: RolloutWorld) -> Controller:
     """Version 1 answers; version 2 was rolled back by hand, and is held."""
     controller = await world.serving()
     await world.rolled_out(controller, "2")
-    await controller.command_rollout(
-        "m", "rollback", actor="ann", reason="odd", expected_state=None
-    )
+    await rollback(controller)
     await world.until(controller, "rolled_back")
     return controller
 
@@ -99,5 +98,60 @@ def test_a_held_version_stays_held_while_the_stable_one_loads(world: RolloutWorl
             assert changes(await world.change(again, "2")) == [(change, "1"), ("held", "2")]
         await world.seconds(again, 4)
         assert default(again) == "1"
+
+    run(scenario())
+
+
+def test_an_apply_leaves_in_the_audit_log_what_it_changed(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        controller = await held(world)
+        await world.change(controller, "2", rollout="immediate")
+        await world.seconds(controller, 4)
+        await world.change(controller, "2")
+        first, *_, switched, same = world.store.audit(subject="configuration")
+        assert first.body["switched"] == {"m": {"from": None, "to": "1"}}
+        assert switched.body["switched"] == {"m": {"from": "1", "to": "2"}}
+        assert changes(switched.body) == [("stop", "1"), ("start", "2")]
+        assert same.body["switched"] == {}
+
+    run(scenario())
+
+
+async def rollback(controller: Controller) -> Any:
+    return await controller.command_rollout(
+        "m", "rollback", actor="ann", reason="odd", expected_state=None
+    )
+
+
+def test_a_rollback_after_a_switch_says_what_to_do(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        controller = await held(world)
+        with pytest.raises(ConflictError, match=r"nothing to go back from: version 1 answers"):
+            await rollback(controller)
+        await world.change(controller, "2", rollout="immediate")
+        await world.seconds(controller, 4)
+        await world.change(controller, "2")
+        with pytest.raises(ConflictError) as refused:
+            await rollback(controller)
+        assert str(refused.value) == (
+            "nothing of model 'm' is kept to go back to since apply 3 switched it from version 1 "
+            'to 2 at once; to go back, apply a file with version: "1" and rollout: immediate, or '
+            "with evidence: serving rollout start m --to 1"
+        )
+        await world.change(controller, "3", rollout="immediate")
+        with pytest.raises(ConflictError, match=r"apply 5 switched it from version 2 to 3 at once"):
+            await rollback(controller)
+
+    run(scenario())
+
+
+def test_a_rollback_where_no_rollout_has_been_says_what_to_do(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        controller = await world.serving()
+        with pytest.raises(NotFound, match="no model of this name has had one"):
+            await rollback(controller)
+        await world.change(controller, "2", rollout="immediate")
+        with pytest.raises(ConflictError, match=r'apply 2 switched .* with version: "1"'):
+            await rollback(controller)
 
     run(scenario())
