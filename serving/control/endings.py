@@ -19,7 +19,7 @@ def applied(record: Record, intent: Intent, actor: str, now: float) -> Record:
 
 def _applied(record: Record, intent: Intent, actor: str, now: float) -> Record:
     if not record.rollout.active:
-        return let_go(record) if intent.released or intent.kind == "rollout" else record
+        return let_go(record) if intent.lets_go else record
     if intent.ends:
         return superseded(record, intent.ends, actor, now, intent.released)
     if intent.kind == "goes_on" and intent.canary is not None and intent.stable is not None:

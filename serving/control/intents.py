@@ -12,8 +12,10 @@ from typing import Final, Literal
 
 from serving.control.records import Record
 from serving.core.plan import Change, Layout, PlanRow, ServedModel, ServedVersion
+from serving.core.rollout_progress import span
 from serving.core.rollout_spec import RolloutSpec
 from serving.core.rollout_states import State
+from serving.core.rollout_types import Rollout
 from serving.core.types import Signature, TensorSpec
 from serving.errors import ConfigError, ConflictError
 
@@ -55,6 +57,11 @@ class Intent:
     ends: str = ""
     released: bool = False
     cleared: Record | None = None
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether the version before a rollout that has succeeded is no longer kept."""
+        return self.released or self.kind == "rollout"
 
 
 def intend(asked: ServedModel, plan: RolloutSpec | None, seen: Situation) -> Intent:
@@ -120,9 +127,10 @@ def plan_rows(
     rows: Sequence[PlanRow],
     asked: Layout,
     intents: Mapping[str, Intent],
-    running: Mapping[str, Sequence[Record]],
+    records: Sequence[Record],
+    now: float,
 ) -> list[PlanRow]:
-    """The rows of an apply's plan, with what rollouts make of them."""
+    """The rows of an apply's plan, with what rollouts make of them; `records` are the live ones."""
     found = {(row.model, row.version): row for row in rows}
     for model, intent in intents.items():
         version = asked.models[model].version
@@ -131,13 +139,25 @@ def plan_rows(
             row = PlanRow(_CHANGES[intent.kind], model, version, digest, False, intent.reason)
             found[model, version] = row
     for key, row in found.items():
-        for record in running.get(row.model, ()):
-            if record.rollout.canary == row.version and row.change not in _CHANGES.values():
-                found[key] = _of_running(row, record, intents.get(row.model))
+        for record in (r for r in records if r.rollout.model == row.model):
+            rollout, intent = record.rollout, intents.get(row.model)
+            if not rollout.active:
+                if rollout.stable == row.version and row.change is Change.STOP:
+                    found[key] = _kept(row, rollout, intent, now)
+            elif rollout.canary == row.version and row.change not in _CHANGES.values():
+                found[key] = _of_running(row, record, intent)
     return sorted(found.values(), key=lambda row: (row.model, int(row.version)))
 
 
 _CHANGES: Final[Mapping[Kind, Change]] = {"rollout": Change.ROLLOUT, "held": Change.HELD}
+
+
+def _kept(row: PlanRow, rollout: Rollout, intent: Intent | None, now: float) -> PlanRow:
+    """The version before a rollout that has succeeded: it stays unless the apply lets it go."""
+    if intent is None or intent.lets_go or rollout.warm_until is None or rollout.warm_until <= now:
+        return row
+    reason = f"kept for another {span(rollout.warm_until - now)} for a rollback"
+    return replace(row, change=Change.UNCHANGED, reason=reason)
 
 
 def _of_running(row: PlanRow, record: Record, intent: Intent | None) -> PlanRow:

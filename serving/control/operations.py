@@ -270,8 +270,7 @@ class Operations:
     def _rows(self, asked: Layout, layout: Layout, intents: Mapping[str, Intent]) -> list[PlanRow]:
         state = self._reconciler.state
         rows = compare(layout, state.desired, state.routed, state.given_up)
-        running = {name: self._rollouts.of(name) for name in state.desired.models}
-        return plan_rows(rows, asked, intents, running)
+        return plan_rows(rows, asked, intents, self._rollouts.records, self._clock.unix())
 
     async def _target(self, model: str, to: str) -> tuple[ModelConfig, ServedVersion, Resolved]:
         state = self._reconciler.state

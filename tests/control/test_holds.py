@@ -155,3 +155,29 @@ def test_a_rollback_where_no_rollout_has_been_says_what_to_do(world: RolloutWorl
             await rollback(controller)
 
     run(scenario())
+
+
+def test_an_apply_says_what_is_kept_for_a_rollback(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        controller = await world.serving()
+        await world.rolled_out(controller, "2")
+        plan = await world.change(controller, "2")
+        assert changes(plan) == [("unchanged", "1"), ("unchanged", "2")]
+        assert plan["changes"][0]["reason"] == "kept for another 8 s for a rollback"
+        await world.seconds(controller, 2)
+        assert (await rollback(controller))["state"] == "rolling_back"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("kept_no_longer", [{"rollout": "immediate"}, {}])
+def test_an_apply_says_what_it_keeps_no_longer(
+    world: RolloutWorld, kept_no_longer: dict[str, Any]
+) -> None:
+    async def scenario() -> None:
+        controller = await world.serving()
+        await world.rolled_out(controller, "2")
+        plan = await world.change(controller, "3", **kept_no_longer)
+        assert changes(plan)[0] == ("stop", "1")
+
+    run(scenario())
