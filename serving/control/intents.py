@@ -140,12 +140,12 @@ def plan_rows(
             found[model, version] = row
     for key, row in found.items():
         for record in (r for r in records if r.rollout.model == row.model):
-            rollout, intent = record.rollout, intents.get(row.model)
+            rollout, meant = record.rollout, intents.get(row.model)
             if not rollout.active:
                 if rollout.stable == row.version and row.change is Change.STOP:
-                    found[key] = _kept(row, rollout, intent, now)
+                    found[key] = _kept(row, rollout, meant, now)
             elif rollout.canary == row.version and row.change not in _CHANGES.values():
-                found[key] = _of_running(row, record, intent)
+                found[key] = _of_running(row, record, meant)
     return sorted(found.values(), key=lambda row: (row.model, int(row.version)))
 
 

@@ -205,9 +205,7 @@ class Operations:
     def shown(self, record: Record) -> dict[str, Any]:
         """A rollout with what its arms counted, and what happens next."""
         observer = self._rollouts.observer
-        routed = self._reconciler.state.routed.models.get(record.rollout.model)
-        answering = routed.version if routed else None
-        return shown(record, observer.sight(record), observer, answering)
+        return shown(record, observer.sight(record), observer)
 
     # What a model is to become.
 

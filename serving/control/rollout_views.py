@@ -94,14 +94,10 @@ def readable(spec: RolloutSpec) -> dict[str, Any]:
     return raw
 
 
-def shown(
-    record: Record, snapshot: Snapshot, observer: Observer, answering: str | None
-) -> dict[str, Any]:
-    """One rollout with what its arms counted, and what happens next.
-
-    `answering` is the version that requests naming none get now; None: the model is not routed.
-    """
+def shown(record: Record, snapshot: Snapshot, observer: Observer) -> dict[str, Any]:
+    """One rollout with what its arms counted, who answers now, and what happens next."""
     rollout = record.rollout
+    answering = observer.answering(rollout.model)
     counted = arms_summary(snapshot.counts, snapshot.prices.get) or dict(record.arms)
     empty = _arm((), snapshot.prices.get)
     replaced = not rollout.active and answering != default_version(rollout)
