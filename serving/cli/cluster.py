@@ -56,6 +56,7 @@ def apply(
     reason: Reason = "",
 ) -> None:
     """Resolve aliases, print the plan, then make what runs equal to the file."""
+    from serving.cli.changes import notes
     from serving.cli.client import Admin
     from serving.cli.home import admin_url
     from serving.cli.render import Progress, plan_table, show_view
@@ -74,7 +75,7 @@ def apply(
     if not dry_run and wait:
         admin.wait_converged(plan["apply"], Progress())
         typer.echo("done")
-    for line in _rollouts(plan, dry_run=dry_run):
+    for line in notes(plan):
         typer.echo(line)
 
 
@@ -86,17 +87,6 @@ def _show_placement(placement: dict[str, Any]) -> None:
     if placement["gpus"]:
         show_view(placement_view(placement))
     refuse_what_does_not_fit(placement)
-
-
-def _rollouts(plan: dict[str, Any], *, dry_run: bool) -> list[str]:
-    """A line for each change that is a rollout of its own."""
-    verb = "would start" if dry_run else "starts"
-    return [
-        f"{row['model']}: this {verb} a rollout to version {row['version']}; "
-        f"watch it: serving rollout watch {row['model']}"
-        for row in plan["changes"]
-        if row["change"] == "rollout"
-    ]
 
 
 def _refuse_to_stop_all(file: Path, status: dict[str, Any]) -> None:

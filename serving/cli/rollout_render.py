@@ -276,14 +276,17 @@ def _failed(arm: Plain) -> str:
 
 
 def _weight_bar(rollout: Plain) -> RenderableType:
+    if rollout["state"] in words.ENDED and not any(a["weight"] for a in rollout["arms"].values()):
+        return Text(f"version {rollout['answering'] or 'none'} answers now")
     cells = 40
-    filled = round(rollout["weight"] * cells)
+    weight = rollout["arms"]["canary"]["weight"]
+    filled = round(weight * cells)
     copies = f", copies of {words.percent(rollout['shadow'])}" if rollout["shadow"] else ""
     return Text.assemble(
         f"version {rollout['stable']} ",
         ("━" * (cells - filled), "blue"),
         ("━" * filled, "cyan"),
-        f" version {rollout['canary']} {words.percent(rollout['weight'])}{copies}",
+        f" version {rollout['canary']} {words.percent(weight)}{copies}",
     )
 
 
@@ -341,7 +344,11 @@ def _event(entry: Plain) -> Text:
 
 
 def _gist(entry: Plain) -> str:
-    """What an audit entry says beside its action: the weight from then on, and why."""
+    """What an audit entry says beside its action: an apply's changes or the weight; and why."""
     body = entry["body"]
+    if entry["action"] == "apply":
+        return ": ".join(
+            part for part in (words.changed(body["changes"]), body.get("reason")) if part
+        )
     weight = f"{words.percent(body['weight'])}: " if "weight" in body else ""
     return f"{weight}{body.get('reason') or '–'}"

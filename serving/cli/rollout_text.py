@@ -142,6 +142,16 @@ def news(rollout: Mapping[str, Any]) -> str:
     return f"{rollout['actor']}: {rollout['reason'] or 'no reason given'}"
 
 
+def changed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What an apply changed: "digits: stop 1, start 2; mlp: held 3"."""
+    models: dict[str, list[str]] = {}
+    for row in rows:
+        if row["change"] != "unchanged":
+            models.setdefault(row["model"], []).append(f"{row['change']} {row['version']}")
+    said = "; ".join(f"{model}: {', '.join(parts)}" for model, parts in models.items())
+    return said or "nothing changed"
+
+
 def rollback(rollout: Mapping[str, Any]) -> str:
     """A line about how long a rollback took, or nothing."""
     took_ms = rollout["rollback_ms"]

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 from serving import compose
 from serving.cli import home, preflight, ray_dirs
+from serving.cli.changes import notes
 from serving.cli.client import Admin, failures
 from serving.config import ServingConfig, load_config, reachable_url
 from serving.control.layout import references
@@ -170,7 +171,9 @@ def _until_ready(
 ) -> None:
     """Wait for this deployment's controller, apply, wait for models and gateways."""
     _wait(lambda: is_own(config, deployment, controller), compose.CONTROLLER_APP, deadline)
-    controller.apply(config.model_dump(mode="json"), dry_run=False)
+    plan = controller.apply(config.model_dump(mode="json"), dry_run=False)
+    for line in notes(plan):
+        view.say(line)
     view.say("loading models")
 
     def ready() -> bool:

@@ -13,8 +13,13 @@ from serving.core.rollout_states import Event
 
 def applied(record: Record, intent: Intent, actor: str, now: float) -> Record:
     """After an apply that means this for the record's model."""
+    cleared = intent.cleared is not None and intent.cleared.rollout.id == record.rollout.id
+    return replace(_applied(record, intent, actor, now), cleared=record.cleared or cleared)
+
+
+def _applied(record: Record, intent: Intent, actor: str, now: float) -> Record:
     if not record.rollout.active:
-        return let_go(record) if intent.released or intent.kind == "rollout" else record
+        return let_go(record) if intent.lets_go else record
     if intent.ends:
         return superseded(record, intent.ends, actor, now, intent.released)
     if intent.kind == "goes_on" and intent.canary is not None and intent.stable is not None:

@@ -12,8 +12,10 @@ from typing import Final, Literal
 
 from serving.control.records import Record
 from serving.core.plan import Change, Layout, PlanRow, ServedModel, ServedVersion
+from serving.core.rollout_progress import span
 from serving.core.rollout_spec import RolloutSpec
 from serving.core.rollout_states import State
+from serving.core.rollout_types import Rollout
 from serving.core.types import Signature, TensorSpec
 from serving.errors import ConfigError, ConflictError
 
@@ -44,6 +46,7 @@ class Intent:
 
     `stable` and `canary` are the rollout's, where there is one. `ends` says why running rollouts
     are taken back ("" where they go on), `released` that they no longer lay the model out.
+    `cleared` is the rollout whose version becomes the stable one although it was not rolled out.
     """
 
     kind: Kind
@@ -53,6 +56,12 @@ class Intent:
     reason: str = ""
     ends: str = ""
     released: bool = False
+    cleared: Record | None = None
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether the version before a rollout that has succeeded is no longer kept."""
+        return self.released or self.kind == "rollout"
 
 
 def intend(asked: ServedModel, plan: RolloutSpec | None, seen: Situation) -> Intent:
@@ -61,6 +70,13 @@ def intend(asked: ServedModel, plan: RolloutSpec | None, seen: Situation) -> Int
     Raises `ConflictError` where the new version cannot stand in for the old one, and `ConfigError`
     where the plan asks for what the model does not have.
     """
+    intent, past = _intended(asked, plan, seen), seen.past
+    if intent.kind == "direct" and past is not None and past.rollout.state is not State.SUCCEEDED:
+        return replace(intent, cleared=past)
+    return intent
+
+
+def _intended(asked: ServedModel, plan: RolloutSpec | None, seen: Situation) -> Intent:
     target = asked.versions[asked.version]
     newest = seen.running[-1] if seen.running else None
     if newest is not None and _aims_at(newest, target) and not _may_retry(newest):
@@ -111,9 +127,10 @@ def plan_rows(
     rows: Sequence[PlanRow],
     asked: Layout,
     intents: Mapping[str, Intent],
-    running: Mapping[str, Sequence[Record]],
+    records: Sequence[Record],
+    now: float,
 ) -> list[PlanRow]:
-    """The rows of an apply's plan, with what rollouts make of them."""
+    """The rows of an apply's plan, with what rollouts make of them; `records` are the live ones."""
     found = {(row.model, row.version): row for row in rows}
     for model, intent in intents.items():
         version = asked.models[model].version
@@ -122,13 +139,25 @@ def plan_rows(
             row = PlanRow(_CHANGES[intent.kind], model, version, digest, False, intent.reason)
             found[model, version] = row
     for key, row in found.items():
-        for record in running.get(row.model, ()):
-            if record.rollout.canary == row.version and row.change not in _CHANGES.values():
-                found[key] = _of_running(row, record, intents.get(row.model))
+        for record in (r for r in records if r.rollout.model == row.model):
+            rollout, meant = record.rollout, intents.get(row.model)
+            if not rollout.active:
+                if rollout.stable == row.version and row.change is Change.STOP:
+                    found[key] = _kept(row, rollout, meant, now)
+            elif rollout.canary == row.version and row.change not in _CHANGES.values():
+                found[key] = _of_running(row, record, meant)
     return sorted(found.values(), key=lambda row: (row.model, int(row.version)))
 
 
 _CHANGES: Final[Mapping[Kind, Change]] = {"rollout": Change.ROLLOUT, "held": Change.HELD}
+
+
+def _kept(row: PlanRow, rollout: Rollout, intent: Intent | None, now: float) -> PlanRow:
+    """The version before a rollout that has succeeded: it stays unless the apply lets it go."""
+    if intent is None or intent.lets_go or rollout.warm_until is None or rollout.warm_until <= now:
+        return row
+    reason = f"kept for another {span(rollout.warm_until - now)} for a rollback"
+    return replace(row, change=Change.UNCHANGED, reason=reason)
 
 
 def _of_running(row: PlanRow, record: Record, intent: Intent | None) -> PlanRow:
@@ -153,7 +182,7 @@ def _same_target(
     stable = _sized(stable, target, seen)
     desired = _beside(asked, stable)
     if newest.taking_back:
-        reason = f"it is being taken back ({newest.rollout.reason})"
+        reason = f"is being taken back ({newest.rollout.reason})"
         return Intent("held", desired, reason=reason)
     # Behind another one that is being taken back it is not laid out yet.
     first = seen.running[0] is newest
@@ -184,9 +213,11 @@ def _base(seen: Situation, target: ServedVersion) -> ServedVersion | None:
         wanted = seen.current.versions if seen.current is not None else {}
         return wanted.get(version) or seen.routed.versions[version]
     past = seen.past
-    if seen.current is None and past is not None and _aims_at(past, target):
-        return seen.rebuilt if past.rollout.state is not State.SUCCEEDED else None
-    return None
+    if past is None or past.cleared or past.rollout.state is State.SUCCEEDED:
+        return None
+    # The version before it may still be loading.
+    loading = seen.current is None or seen.current.version == past.rollout.stable
+    return seen.rebuilt if loading and _aims_at(past, target) else None
 
 
 def _aims_at(record: Record, target: ServedVersion) -> bool:
@@ -195,7 +226,7 @@ def _aims_at(record: Record, target: ServedVersion) -> bool:
 
 def _took_back(record: Record) -> bool:
     over = record.taking_back or record.rollout.state is State.ROLLED_BACK
-    return over and not record.retry
+    return over and not record.retry and not record.cleared
 
 
 def _may_retry(record: Record) -> bool:
@@ -212,7 +243,7 @@ def _why_held(past: Record) -> str:
     rollout = past.rollout
     return (
         f"was taken back by rollout {rollout.id} ({rollout.reason}) and is not tried again; "
-        f"serving rollout start {rollout.model} --to {rollout.canary} does"
+        f"to try it again: serving rollout start {rollout.model} --to {rollout.canary}"
     )
 
 

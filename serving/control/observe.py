@@ -131,10 +131,17 @@ class Observer:
         served = self._routed(rollout, version)
         return len(self._reconciler.endpoints.get(served.app.name, ())) if served else 0
 
+    def answering(self, model: str) -> str | None:
+        """The version that requests naming none get, but for a split; None: it is not routed."""
+        routed = self._reconciler.state.routed.models.get(model)
+        return routed.version if routed else None
+
     def wanted(self, record: Record, version: str) -> int:
-        """Replicas that a version is to have."""
+        """Replicas that a version is to have: none where nobody asks for it any more."""
         model = self._reconciler.state.desired.models.get(record.rollout.model)
         served = model.versions.get(version) if model else None
+        if served is None and not record.live:
+            return 0
         app = (served or record.served.versions[version]).app
         return self._reconciler.state.wanted(app)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Final
 
 from serving.config import ServingConfig, parse_config
+from serving.control.going_back import refusal, switched
 from serving.control.intents import (
     Intent,
     Situation,
@@ -41,6 +43,8 @@ from serving.store.sql import Store
 
 NOBODY: Final = "unknown"
 """The actor of who does not say."""
+_APPLIES: Final = 1000
+"""So many are looked through for the one that switched a model's version."""
 
 
 class Operations:
@@ -127,7 +131,7 @@ class Operations:
             also={name: _also(config.models[name], name, pins) for name in asked.models},
         )
         pinned = [PinRow(m, ref, pin.version, pin.digest, now) for (m, ref), pin in pins.items()]
-        body = {**plan, "reason": reason}
+        body = {**plan, "switched": switched(before.desired, layout), "reason": reason}
         audit = AuditEntry(now, actor, "apply", "configuration", body)
         change = Change(state, (audit,), pinned, ("apply", plan))
         await self._rollouts.apply(intents, gone, started, change, actor=actor)
@@ -191,6 +195,8 @@ class Operations:
         Raises `NotFound`, `ConflictError` or `StoreError`.
         """
         async with self._reconciler.lock:
+            if name == "rollback":
+                await self._check_way_back(key)
             record = await self._rollouts.command(
                 key, name, actor=actor, reason=reason, expected_state=expected_state
             )
@@ -262,8 +268,7 @@ class Operations:
     def _rows(self, asked: Layout, layout: Layout, intents: Mapping[str, Intent]) -> list[PlanRow]:
         state = self._reconciler.state
         rows = compare(layout, state.desired, state.routed, state.given_up)
-        running = {name: self._rollouts.of(name) for name in state.desired.models}
-        return plan_rows(rows, asked, intents, running)
+        return plan_rows(rows, asked, intents, self._rollouts.records, self._clock.unix())
 
     async def _target(self, model: str, to: str) -> tuple[ModelConfig, ServedVersion, Resolved]:
         state = self._reconciler.state
@@ -290,6 +295,22 @@ class Operations:
         stable = routed.versions[routed.version]
         check_signature(version, stable, target)
         return stable
+
+    async def _check_way_back(self, key: str) -> None:
+        """Raise `ConflictError` where nothing is kept to go back to, `NotFound`, `StoreError`."""
+        try:
+            newest = await self._rollouts.find(key)
+        except NotFound:
+            if key not in self._reconciler.state.desired.models:
+                raise
+            newest = None
+        name = newest.rollout.model if newest is not None else key
+        model = self._reconciler.state.desired.models.get(name)
+        if model is None:
+            return
+        read = partial(self._store.audit, limit=_APPLIES, subject="configuration")
+        if why := refusal(name, model.version, newest, await self._in_store(read)):
+            raise ConflictError(why)
 
     def _check_idle(self, model: str) -> None:
         if running := self._rollouts.of(model):

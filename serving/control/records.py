@@ -64,9 +64,10 @@ class Record:
 
     `served` has both versions, its default is the stable one. `arms` sums up what each arm counted,
     for readers. `released`: an apply has taken the model's layout over, this rollout only ends.
-    `retry`: an apply ended it, so that it says nothing against its version. `rollback_ms` is how
-    long it took from the verdict that took it back until the last gateway had confirmed; None where
-    it was not, or nobody saw it. `costs` and `incidents` are what triggers remember of earlier
+    `retry`: an apply ended it, so that it says nothing against its version. `cleared`: an apply has
+    made its version the stable one all the same, so that nothing is held. `rollback_ms` is how long
+    it took from the verdict that took it back until the last gateway had confirmed; None where it
+    was not, or nobody saw it. `costs` and `incidents` are what triggers remember of earlier
     ticks, `replicas` the canary's that were seen: what restarts are told by.
     """
 
@@ -76,6 +77,7 @@ class Record:
     arms: Mapping[str, Any] = field(default_factory=dict)
     released: bool = False
     retry: bool = False
+    cleared: bool = False
     rollback_ms: float | None = None
     costs: CostWindows = field(default_factory=CostWindows)
     incidents: tuple[Incident, ...] = ()
@@ -125,6 +127,7 @@ class Record:
             "arms": dict(self.arms),
             "released": self.released,
             "retry": self.retry,
+            "cleared": self.cleared,
             "rollback_ms": self.rollback_ms,
             "costs": windows_to_dict(self.costs),
             "incidents": [incident.to_dict() for incident in self.incidents],
@@ -148,6 +151,7 @@ class Record:
             body["released"],
             body["retry"],
             # Rows of earlier versions have none of these.
+            body.get("cleared", False),
             body.get("rollback_ms"),
             windows_from_dict(body["costs"]) if "costs" in body else CostWindows(),
             tuple(Incident.from_dict(raw) for raw in body.get("incidents", ())),

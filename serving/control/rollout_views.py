@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from serving.control.observe import Observer
+from serving.control.overlay import default_version
 from serving.control.records import Record
 from serving.control.totals import ArmTotals
 from serving.core.detect import Detection, Traffic, detections
@@ -18,7 +19,7 @@ from serving.core.rollout_counts import (
     EpochCounts,
     Histogram,
 )
-from serving.core.rollout_outlook import next_sentence
+from serving.core.rollout_outlook import next_sentence, replaced_sentence
 from serving.core.rollout_spec import RolloutSpec
 from serving.core.rollout_timing import step_times
 from serving.core.rollout_types import Rollout, Snapshot
@@ -94,10 +95,12 @@ def readable(spec: RolloutSpec) -> dict[str, Any]:
 
 
 def shown(record: Record, snapshot: Snapshot, observer: Observer) -> dict[str, Any]:
-    """One rollout with what its arms counted, and what happens next."""
+    """One rollout with what its arms counted, who answers now, and what happens next."""
     rollout = record.rollout
+    answering = observer.answering(rollout.model)
     counted = arms_summary(snapshot.counts, snapshot.prices.get) or dict(record.arms)
     empty = _arm((), snapshot.prices.get)
+    replaced = not rollout.active and answering != default_version(rollout)
     return {
         **listed(record),
         "arms": {
@@ -109,14 +112,21 @@ def shown(record: Record, snapshot: Snapshot, observer: Observer) -> dict[str, A
                 "ready": observer.ready(rollout, version),
                 "wanted": observer.wanted(record, version),
             }
-            for arm, version, weight in _shares(rollout)
+            for arm, version, weight in _shares(rollout, answering)
         },
         "shadowed": shadow_summary(snapshot.counts),
-        "next": next_sentence(rollout, snapshot),
+        "answering": answering,
+        "next": replaced_sentence(rollout, answering)
+        if replaced
+        else next_sentence(rollout, snapshot),
     }
 
 
-def _shares(rollout: Rollout) -> tuple[tuple[str, str, float], ...]:
+def _shares(rollout: Rollout, answering: str | None) -> tuple[tuple[str, str, float], ...]:
+    """Each arm, its version and its share of the requests now."""
+    if not rollout.active:
+        arms = ("stable", rollout.stable), ("canary", rollout.canary)
+        return tuple((arm, version, float(version == answering)) for arm, version in arms)
     weight = rollout.weight
     return ("stable", rollout.stable, 1.0 - weight), ("canary", rollout.canary, weight)
 

@@ -45,12 +45,16 @@ def _new_salt() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What goes into a commit beside the rollouts themselves."""
+    """What goes into a commit beside the rollouts themselves.
+
+    `cleared` are rollouts long over whose versions are held no longer.
+    """
 
     state: State | None = None
     audit: tuple[AuditEntry, ...] = ()
     pins: Sequence[PinRow] | None = None
     event: tuple[str, dict[str, Any]] | None = None
+    cleared: tuple[Record, ...] = ()
 
 
 class Rollouts:
@@ -246,7 +250,13 @@ class Rollouts:
                 after.append(applied(record, intent, actor, now))
             else:
                 after.append(record)
-        await self._commit([*after, *started], change)
+        known = {r.rollout.id for r in self.records}
+        cleared = tuple(
+            replace(i.cleared, cleared=True)
+            for i in intents.values()
+            if i.cleared is not None and i.cleared.rollout.id not in known
+        )
+        await self._commit([*after, *started], replace(change, cleared=cleared))
 
     async def start(self, record: Record, change: Change) -> None:
         """Commit a rollout that a person starts. Raises `StoreError` or `ConflictError`."""
@@ -295,7 +305,7 @@ class Rollouts:
         await self._reconciler.commit(
             state,
             overlay=partial(with_splits, records=heads),
-            rollouts=[r.to_row() for r in changed],
+            rollouts=[r.to_row() for r in (*change.cleared, *changed)],
             audit=audit,
             pins=change.pins,
             event=change.event,

@@ -67,6 +67,15 @@ def _paused(rollout: Rollout) -> str:
     )
 
 
+def replaced_sentence(rollout: Rollout, answering: str | None) -> str:
+    """What came of a rollout that is over, where another version answers now; None: none does."""
+    succeeded = rollout.state is State.SUCCEEDED
+    left = rollout.canary if succeeded else rollout.stable
+    came = "has succeeded" if succeeded else "is over"
+    now = f"Version {answering} answers" if answering else "No version answers"
+    return f"It {came}, and left all requests at version {left}. {now} now."
+
+
 def _without(rollout: Rollout, snapshot: Snapshot, lost: tuple[str, ...]) -> str:
     away = f"On hold: version {' and version '.join(lost)} has no ready replica."
     if rollout.canary_lost_at is None:

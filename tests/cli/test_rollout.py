@@ -247,6 +247,51 @@ def test_rollback_after_success_while_the_old_version_is_kept_and_no_longer(idle
     assert (back["stable"], back["canary"]) == ("2", "1")
 
 
+def switch(cli: Cli, version: str) -> None:
+    """Apply another version at once, and wait until it answers."""
+    file = cli.desk.home / "switch.yaml"
+    model = f"{{version: {version}, replicas: 2, rollout: immediate}}"
+    file.write_text(f"home: {cli.desk.home}\nmodels: {{digits: {model}}}\n")
+    cli("apply", "-f", file, "--url", cli.desk.url, "--no-wait")
+    cli.desk.pass_time(15)
+
+
+def test_what_was_is_said_in_the_past_tense_after_a_later_apply(idle: Cli) -> None:
+    idle.desk.start()
+    idle.desk.until("observing")
+    idle("rollout", "abort", "digits")
+    idle.desk.until("rolled_back")
+    assert "next: It is over, with all requests at version 1." in idle(
+        "rollout", "status", "digits"
+    )
+    switch(idle, "2")
+    for command in ("status", "explain"):
+        said = idle("rollout", command, "digits")
+        assert (
+            "next: It is over, and left all requests at version 1. Version 2 answers now." in said
+        )
+    rows = {row[0]: row for line in said.splitlines() if (row := line.split())}
+    assert rows["stable"][1:5] == ["1", "0", "%", "0/0"]
+    assert rows["canary"][1:5] == ["2", "100", "%", "2/2"]
+    switch(idle, "3")
+    found = idle.json("rollout", "status", "digits")
+    assert found["next"].endswith("Version 3 answers now.")
+    assert [found["arms"][arm]["weight"] for arm in ("stable", "canary")] == [0.0, 0.0]
+    watched = Terminal(idle, "rollout", "watch", "digits")
+    assert watched.wait() == 1
+    assert "version 3 answers now" in watched.output
+    assert "━" not in watched.output
+
+
+def test_the_audit_log_shows_what_an_apply_changed(idle: Cli) -> None:
+    switch(idle, "2")
+    switch(idle, "2")
+    first, second, third = idle("audit").splitlines()[-3:]
+    assert first.rstrip().endswith("  digits: start 1")
+    assert "digits: stop 1, start 2" in second
+    assert "nothing changed" in third
+
+
 def test_audit_verify(cli: Cli) -> None:
     count = cli.json("audit")[-1]["seq"]
     assert f"{count} entries, as written" in (said := cli("audit", "verify"))
