@@ -5,24 +5,12 @@ from __future__ import annotations
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
-
-from serving.yaml_files import one_line
 
 
 def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
     """Every fault that was found in a `root` read from `source`."""
     return "; ".join(_explain(e, root, source) for e in error.errors())
-
-
-def explain_yaml(error: Exception) -> str:
-    """Why a text is not YAML."""
-    said = one_line(error)
-    # YAML reserves "@": the mistake that everybody makes once.
-    if isinstance(error, yaml.scanner.ScannerError) and "'@'" in str(error.problem):
-        return f'{said}; an alias needs quotes, as in version: "@champion"'
-    return said
 
 
 def _explain(error: Any, root: type[BaseModel], source: str) -> str:
