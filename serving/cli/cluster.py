@@ -30,7 +30,11 @@ def up(
     file: ConfigFile = None,
     timeout: Annotated[float, typer.Option(help="Seconds until everything must be ready.")] = 600.0,
 ) -> None:
-    """Start serving and stay until Ctrl-C; with RAY_ADDRESS set, deploy there and return."""
+    """Start serving and stay until Ctrl-C; with RAY_ADDRESS set, deploy there and return.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does. A systemd unit of it needs KillMode=mixed: Ray must run
+    until everything has drained.
+    """
     from serving.cli.up import run
 
     run(file, timeout)
