@@ -32,8 +32,8 @@ def up(
 ) -> None:
     """Start serving and stay until Ctrl-C; with RAY_ADDRESS set, deploy there and return.
 
-    SIGTERM and SIGHUP end it as Ctrl-C does. A systemd unit of it needs KillMode=mixed: Ray must run
-    until everything has drained.
+    SIGTERM and SIGHUP end it as Ctrl-C does. A systemd unit of it needs KillMode=mixed: Ray must
+    run until everything has drained.
     """
     from serving.cli.up import run
 
