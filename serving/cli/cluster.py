@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
+
+_INTERRUPTED: Final = 130
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--file", "-f", help="Configuration file (YAML).", show_default=False)
@@ -76,7 +78,11 @@ def apply(
     if dry_run:
         _show_placement(plan["placement"])
     if not dry_run and wait:
-        admin.wait_converged(plan["apply"], Progress())
+        try:
+            admin.wait_converged(plan["apply"], Progress())
+        except KeyboardInterrupt:
+            typer.echo("the apply goes on; serving status shows how far it is", err=True)
+            raise typer.Exit(_INTERRUPTED) from None
         typer.echo("done")
     for line in _rollouts(plan, dry_run=dry_run):
         typer.echo(line)

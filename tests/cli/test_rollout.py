@@ -118,7 +118,9 @@ def test_status_of_everything_shows_a_rollout_and_who_gets_the_requests(cli: Cli
     desk = cli.desk
     said = cli("status")
     weight = f"{desk.rollout.weight * 100:.3g}"
-    assert f"digits: rollout digits:2 is observing, step 1 of {len(desk.rollout.spec.steps)}" in said
+    assert (
+        f"digits: rollout digits:2 is observing, step 1 of {len(desk.rollout.spec.steps)}" in said
+    )
     assert f"{weight} % to version 2; serving rollout status digits says more" in said
     assert f"1 (stable, {100 - float(weight):.3g} %)" in said
     assert f"2 (canary, {weight} %)" in said
@@ -132,6 +134,18 @@ def test_status_of_everything_shows_a_rollout_and_who_gets_the_requests(cli: Cli
     said = cli("status")
     assert "2 (default)" in said
     assert "rollout" not in said
+
+
+def test_an_apply_that_is_interrupted_says_that_it_goes_on(idle: Cli) -> None:
+    file = idle.desk.home / "serving.yaml"
+    models = "models: {digits: {version: '2', rollout: immediate}}"
+    file.write_text(f"home: {idle.desk.home}\n{models}\n")
+    terminal = Terminal(idle, "apply", "-f", str(file), "--url", idle.desk.url)
+    terminal.read_until("digits version 1: ")
+    terminal.press_ctrl_c()
+    assert terminal.wait() == 130
+    said = terminal.output.splitlines()[-1].removeprefix("^C")
+    assert said == "the apply goes on; serving status shows how far it is"
 
 
 def test_start_by_a_plan_of_its_own(idle: Cli) -> None:
