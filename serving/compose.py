@@ -110,12 +110,31 @@ def start_ray(config: ServingConfig, directory: Path) -> None:
     import ray
     from ray import serve
 
+    _give_own_sessions()
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         _init_ray(ray, config, directory)
         _start_serve(serve)
     except Exception as error:
         raise ClusterError(f"the local Ray does not start: {first_line(error)}") from error
+
+
+def _give_own_sessions() -> None:
+    """Let each process that Ray starts from here on begin a session of its own.
+
+    A signal to our process group then reaches us alone: Ray must run until all have drained. Those
+    processes end with us all the same, which is what Ray calls this function for.
+    """
+    from ray._private import utils
+
+    end_with_parent = utils.set_kill_on_parent_death_linux
+
+    def in_child() -> None:
+        os.setsid()
+        end_with_parent()
+
+    if sys.platform == "linux":
+        utils.set_kill_on_parent_death_linux = in_child
 
 
 def _init_ray(ray: Any, config: ServingConfig, directory: Path) -> None:

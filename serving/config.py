@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from serving.config_errors import explain, explain_yaml
+from serving.config_errors import explain
 from serving.config_types import Frozen, ModelName, Port, Resources
 from serving.core.prices import DEFAULT_PRICES, PriceBook
 from serving.errors import ConfigError
@@ -187,7 +187,7 @@ def load_config(path: Path | None) -> ServingConfig:
     """
     raw: Any = {}
     if path is not None:
-        raw = read_yaml(path, explain_yaml)
+        raw = read_yaml(path)
         raw = {} if raw is None else raw
         if not isinstance(raw, dict):
             raise ConfigError(

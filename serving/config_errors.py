@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Final, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from serving.yaml_files import one_line
+from serving.validation_text import problem
 
 
 def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
     """Every fault that was found in a `root` read from `source`."""
-    return "; ".join(_explain(e, root, source) for e in error.errors())
+    faults = [{**e, "loc": _written(e["loc"])} for e in error.errors() if not _is_other_form(e)]
+    return "; ".join(_explain(e, root, source) for e in faults)
 
 
-def explain_yaml(error: Exception) -> str:
-    """Why a text is not YAML."""
-    said = one_line(error)
-    # YAML reserves "@": the mistake that everybody makes once.
-    if isinstance(error, yaml.scanner.ScannerError) and "'@'" in str(error.problem):
-        return f'{said}; an alias needs quotes, as in version: "@champion"'
-    return said
+# Rows or a path: the parser says of each form why it is not that, and names the form.
+_PRICES: Final = ("cost", "prices")
+
+
+def _is_other_form(error: Any) -> bool:
+    return bool(error["loc"] == (*_PRICES, "str"))
+
+
+def _written(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Without the name of a form, which nobody has written."""
+    return (*_PRICES, *location[3:]) if location[:2] == _PRICES else location
 
 
 def _explain(error: Any, root: type[BaseModel], source: str) -> str:
@@ -42,12 +46,14 @@ def _explain(error: Any, root: type[BaseModel], source: str) -> str:
             f"{source}: {where!r} is not a model name; "
             "allowed: letters, digits, '_', '.', '-', at most 100"
         )
-    if error["type"] == "string_pattern_mismatch":
+    if error["type"] == "string_pattern_mismatch" and error["loc"][-1] == "version":
         return (
             f"{source}: {where}: {error['input']!r} is not a version; "
             'allowed: a number like "3" or an @alias'
         )
-    return f"{source}: {where}: {error['msg']} (found {error['input']!r})"
+    if error["type"] == "missing":
+        return f"{source}: {where}: {problem(error)}"
+    return f"{source}: {where}: {problem(error)} (found {error['input']!r})"
 
 
 def _allowed_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
@@ -56,6 +62,8 @@ def _allowed_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]
     for part in location:
         if get_origin(found) is dict:
             found = get_args(found)[1]
+        elif get_origin(found) is tuple:
+            found = get_args(found)[0]
         else:
             found = _section(found.model_fields[str(part)].annotation)
     return sorted(found.model_fields)
@@ -65,4 +73,7 @@ def _section(annotation: Any) -> Any:
     """A section's model, also where it may be left out."""
     if get_origin(annotation) is not UnionType:
         return annotation
-    return next((a for a in get_args(annotation) if hasattr(a, "model_fields")), annotation)
+    forms = get_args(annotation)
+    return next(
+        (a for a in forms if hasattr(a, "model_fields") or get_origin(a) is tuple), forms[0]
+    )

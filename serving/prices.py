@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from serving.core.prices import Match, Price, PriceBook
 from serving.errors import ConfigError
+from serving.validation_text import problem
 from serving.yaml_files import read_yaml
 
 
@@ -91,7 +92,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         model = MatchRow if len(error["loc"]) > 1 else PriceRow
         return f"unknown key {where!r}; allowed here: {', '.join(model.model_fields)}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = problem(error)
     if error["type"] in ("missing", "value_error"):
         return f"{where}: {message}" if where else message
     return f"{where}: {message} (found {error['input']!r})" if where else message

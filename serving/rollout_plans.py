@@ -25,6 +25,7 @@ from serving.rollout_settings import (
     ShadowSettings,
     StepSettings,
 )
+from serving.validation_text import problem
 from serving.yaml_files import read_yaml
 
 
@@ -159,7 +160,7 @@ def _explain(model: type[BaseModel], prefix: tuple[str, ...], error: Any) -> str
     if found is None:
         return f"{where!r} has nothing after it; write its settings"
     if kind == "missing":
-        return f"{where}: is missing"
+        return f"{where}: {problem(error)}"
     if kind in ("model_type", "dict_type"):
         return f"{where}: {found!r} is no mapping of settings"
     if kind == "tuple_type":
@@ -167,8 +168,8 @@ def _explain(model: type[BaseModel], prefix: tuple[str, ...], error: Any) -> str
     if kind in ("duration", "unit", "url", "variable", "header", "metric_name"):
         return f"{where}: {found!r} {error['msg']}"
     if isinstance(found, (Mapping, BaseModel)):
-        return f"{where}: {error['msg']}"
-    return f"{where}: {error['msg']} (found {found!r})"
+        return f"{where}: {problem(error)}"
+    return f"{where}: {problem(error)} (found {found!r})"
 
 
 def _allowed_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

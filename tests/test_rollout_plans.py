@@ -150,15 +150,15 @@ def test_everything_that_can_be_written() -> None:
             "{steps: [{weight: 5, hold: 2 min}]}",
             "steps.0.hold: '2 min' is no duration; allowed: seconds, or a text like",
         ),
-        ("{steps: [{weight: 5, hold: -1}]}", "steps.0.hold: Input should be greater than or equal"),
+        ("{steps: [{weight: 5, hold: -1}]}", "steps.0.hold: must be greater than or equal"),
         ("{steps: [{weight: 5, hold: yes}]}", "steps.0.hold: True is no duration"),
-        ("{keep_previous: .inf}", "keep_previous: Input should be a finite number (found inf)"),
+        ("{keep_previous: .inf}", "keep_previous: must be a finite number (found inf)"),
         (
             "{steps: [{weight: 5, hold: 1, wait: 3}]}",
             "unknown key 'steps.0.wait'; allowed here: gate, hold, require_pass, weight",
         ),
         ("{steps: [{hold: 1}]}", "steps.0.weight: is missing"),
-        ("{steps: [{weight: 100, hold: 1}]}", "steps.0.weight: Input should be less than 100"),
+        ("{steps: [{weight: 100, hold: 1}]}", "steps.0.weight: must be less than 100"),
         ("{steps: 5}", "steps: 5 is no list"),
         ("{steps: }", "'steps' has nothing after it"),
         ("{bake: 1h}", "bake: '1h' is no mapping of settings"),
@@ -198,10 +198,10 @@ def test_everything_that_can_be_written() -> None:
             "shadow.compare.metric: 'rmse' is no metric; allowed: max_abs, max_rel, cosine, mse, "
             "or module:function",
         ),
-        ("{shadow: {percent: 200}}", "shadow.percent: Input should be less than or equal to 100"),
+        ("{shadow: {percent: 200}}", "shadow.percent: must be less than or equal to 100"),
         (
             "{webhooks: [{event: done, url: x}]}",
-            "webhooks.0.event: Input should be 'pre-rollout', 'pre-step', 'post-rollout' or",
+            "webhooks.0.event: must be 'pre-rollout', 'pre-step', 'post-rollout' or",
         ),
         ("{webhooks: [{event: event, url: x}]}", "webhooks.0.url: 'x' is no URL; allowed: http://"),
         (
@@ -259,7 +259,7 @@ def test_everything_that_can_be_written() -> None:
         ),
         (
             "{analysis: {triggers: {cost: {tolerance: -0.1}}}}",
-            "analysis.triggers.cost.tolerance: Input should be greater than or equal to 0",
+            "analysis.triggers.cost.tolerance: must be greater than or equal to 0",
         ),
         (
             "{analysis: {triggers: {cost: {r0: 1.5}}}}",
@@ -273,7 +273,7 @@ def test_everything_that_can_be_written() -> None:
         ),
         (
             "{analysis: {triggers: {gpu_memory_headroom: {threshold: 20}}}}",
-            "analysis.triggers.gpu_memory_headroom.threshold: Input should be less than 1",
+            "analysis.triggers.gpu_memory_headroom.threshold: must be less than 1",
         ),
     ],
 )

@@ -40,7 +40,7 @@ def test_without_it_the_number_is_fixed() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"scaling": {}}, "f: models.m.scaling.max: Field required"),
+        ({"scaling": {}}, "f: models.m.scaling.max: is missing"),
         ({"scaling": {"min": 3, "max": 2}}, "f: models.m.scaling: min: 3 is more than max: 2"),
         (
             {"scaling": {"max": 2, "wake_queue": 5}},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
+
+_INTERRUPTED: Final = 130
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--file", "-f", help="Configuration file (YAML).", show_default=False)
@@ -30,7 +32,11 @@ def up(
     file: ConfigFile = None,
     timeout: Annotated[float, typer.Option(help="Seconds until everything must be ready.")] = 600.0,
 ) -> None:
-    """Start serving and stay until Ctrl-C; with RAY_ADDRESS set, deploy there and return."""
+    """Start serving and stay until Ctrl-C; with RAY_ADDRESS set, deploy there and return.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does. A systemd unit of it needs KillMode=mixed: Ray must
+    run until everything has drained.
+    """
     from serving.cli.up import run
 
     run(file, timeout)
@@ -73,7 +79,11 @@ def apply(
     if dry_run:
         _show_placement(plan["placement"])
     if not dry_run and wait:
-        admin.wait_converged(plan["apply"], Progress())
+        try:
+            admin.wait_converged(plan["apply"], Progress())
+        except KeyboardInterrupt:
+            typer.echo("the apply goes on; serving status shows how far it is", err=True)
+            raise typer.Exit(_INTERRUPTED) from None
         typer.echo("done")
     for line in notes(plan):
         typer.echo(line)

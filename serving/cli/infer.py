@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import typer
 
+from serving.cli.infer_types import to_wire
 from serving.cli.registry import open_registry, split
 from serving.errors import ClusterError, ConfigError
 
@@ -176,31 +177,14 @@ def _from_json(source: Path, parsed: Any, declared: list[dict[str, Any]]) -> Map
 
 
 def _to_wire(source: Path, name: str, datatype: str, value: Any) -> Array:
-    """The array in the wire's form: little-endian; BF16 as uint16; BYTES as objects."""
-    import numpy as np
-
-    from serving.core.types import DATATYPES
-
+    """The array in the wire's form. What that changes is said on standard error."""
     try:
-        if datatype == "BYTES":
-            return np.asarray(value, dtype=object)
-        if datatype == "BF16":
-            return _bfloat16(np.asarray(value, dtype=np.float32))
-        given = np.asarray(value)
-        wire = np.ascontiguousarray(given, dtype=DATATYPES[datatype].numpy)
-        if wire.dtype.kind in "iub" and not np.array_equal(wire, given):
-            raise ValueError(f"a {given.dtype} value does not fit")
-        return wire
+        wire, said = to_wire(datatype, value, typed=source.suffix in (".npz", ".npy"))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{source}: input {name} is not {datatype}: {error}") from error
-
-
-def _bfloat16(value: Array) -> Array:
-    """The upper half of each float32, rounded to nearest even."""
-    import numpy as np
-
-    bits = np.ascontiguousarray(value).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    if said:
+        typer.echo(f"{source}: input {name}: {said}", err=True)
+    return wire
 
 
 def _raw(datatype: str, array: Array) -> bytes:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
+import typer.core
 
 from serving import __version__
 from serving.cli import (
@@ -27,8 +28,20 @@ from serving.errors import OperatorError
 INTERRUPTED: Final = 130
 INTERNAL: Final = 70
 
+
+class _Commands(typer.core.TyperGroup):
+    """Lets an interrupt through: Typer would make it an exit code, and say nothing."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
+
 app = typer.Typer(
     name="serving",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -21,7 +21,10 @@ _RANDOM: Final = 8
 _MOST: Final = 43
 _SHORT_TEMP: Final = Path("/tmp")
 _LOCK: Final = "serving-up.lock"
+_FAILED: Final = "serving-up.failed"
 _KEPT_S: Final = 86_400.0
+# Longer than it takes to lock a directory that was just made.
+_NEW_S: Final = 5.0
 
 
 @contextlib.contextmanager
@@ -29,8 +32,7 @@ def held() -> Iterator[Path]:
     """A new directory in RAY_TMPDIR or TMPDIR; where that is too long for a socket's path, in /tmp.
 
     It is removed in the end, but kept for its logs where something failed: an `OperatorError` says
-    where they are. First those are removed that nobody holds and that are a day old. Raises
-    `ClusterError`.
+    where they are. First those of others are removed, see `remove_old`. Raises `ClusterError`.
     """
     parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     if len(str(parent / _PREFIX)) + _RANDOM > _MOST:
@@ -49,6 +51,7 @@ def held() -> Iterator[Path]:
             yield directory
         except OperatorError as error:
             if logs.is_dir():
+                (directory / _FAILED).touch()
                 raise type(error)(f"{error}; logs in {logs}") from error
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -56,9 +59,10 @@ def held() -> Iterator[Path]:
 
 
 def remove_old(parent: Path, now: float) -> None:
-    """Remove this user's directories in `parent` that nobody holds, unchanged for a day.
+    """Remove this user's directories in `parent` that nobody holds and whose Ray is gone.
 
-    `now` is Unix seconds. What `held` has not made, or cannot be removed, stays.
+    Logs of a failure stay until they are unchanged for a day. `now` is Unix seconds. What `held`
+    has not made, or cannot be removed, stays.
     """
     for directory in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
@@ -67,6 +71,25 @@ def remove_old(parent: Path, now: float) -> None:
                 continue
             with (directory / _LOCK).open("rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # A lock is as old as its `serving up`, logs are as young as their last line.
-                if now - max(p.lstat().st_mtime for p in directory.rglob("*")) > _KEPT_S:
+                if now - _youngest(directory) > _kept_s(directory) and not _is_used(directory):
                     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _youngest(directory: Path) -> float:
+    # A lock is as old as its `serving up`, logs are as young as their last line.
+    return max(path.lstat().st_mtime for path in directory.rglob("*"))
+
+
+def _kept_s(directory: Path) -> float:
+    return _KEPT_S if (directory / _FAILED).exists() else _NEW_S
+
+
+def _is_used(directory: Path) -> bool:
+    """Whether a process of its Ray runs: where `serving up` was killed, some outlive it shortly."""
+    import psutil
+
+    return any(
+        str(directory) in part
+        for process in psutil.process_iter(["cmdline"])
+        for part in process.info["cmdline"] or ()
+    )

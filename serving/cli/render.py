@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from serving.cli.rollout_text import moment
+from serving.cli.rollout_text import moment, percent, state
 
 _STATE_STYLES: Final = {
     "ready": "green",
@@ -71,6 +71,7 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     return Group(
         _replicas_table(versions),
         _traffic_table(versions),
+        *(Text(line) for line in _rollouts(status)),
         *(Text(line) for line in _scaling(versions)),
         *(Text(line, style="red") for line in _complaints(status)),
         *(Text(line) for line in _places(status)),
@@ -80,10 +81,9 @@ def status_view(status: dict[str, Any]) -> RenderableType:
 def _replicas_table(versions: list[tuple[dict[str, Any], dict[str, Any]]]) -> RenderableType:
     table = grid("model", "version", "state", "ready", "digest", "runtime", "device")
     for model, v in versions:
-        default = " (default)" if v["version"] == model["version"] else ""
         table.add_row(
             model["name"],
-            v["version"] + default,
+            v["version"] + _role(model, v["version"]),
             Text(v["state"], style=_STATE_STYLES.get(v["state"], "")),
             f"{v['ready']}/{v['wanted']}",
             short(v["digest"]),
@@ -91,6 +91,36 @@ def _replicas_table(versions: list[tuple[dict[str, Any], dict[str, Any]]]) -> Re
             v["device"] or "–",
         )
     return table
+
+
+def _role(model: dict[str, Any], version: str) -> str:
+    """Which requests a version gets: the model's, or in a rollout its share of them."""
+    rollout = model["rollout"]
+    for arm, share in _shares(rollout):
+        if rollout[arm] == version:
+            return f" ({arm}, {percent(share)})"
+    return " (default)" if version == model["version"] and rollout is None else ""
+
+
+def _shares(rollout: dict[str, Any] | None) -> tuple[tuple[str, float], ...]:
+    if rollout is None:
+        return ()
+    return (("stable", 1 - rollout["weight"]), ("canary", rollout["weight"]))
+
+
+def _rollouts(status: dict[str, Any]) -> list[str]:
+    """Where each rollout that runs is, and what shows more of it."""
+    return [_rollout(m["name"], m["rollout"]) for m in status["models"] if m["rollout"]]
+
+
+def _rollout(model: str, rollout: dict[str, Any]) -> str:
+    at, steps = rollout["step"] + 1, rollout["steps"]
+    place = f"step {at} of {steps}, " if 0 < at <= steps and rollout["weight"] < 1 else ""
+    return (
+        f"{model}: rollout {rollout['id']} is {state(rollout)}, {place}"
+        f"{percent(rollout['weight'])} to version {rollout['canary']}; "
+        f"serving rollout status {model} says more"
+    )
 
 
 def _traffic_table(versions: list[tuple[dict[str, Any], dict[str, Any]]]) -> RenderableType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import sys
 import time
@@ -85,7 +86,7 @@ def _foreground(config: ServingConfig, ray_dir: Path, timeout_s: float) -> _View
     view = _View(live=sys.stdout.isatty())
     admin = Admin(reachable_url(config.control.host, config.control.port))
     deadline = time.monotonic() + timeout_s
-    with _signals() as signals:
+    with _signals(ray_dir) as signals:
         try:
             view.say("starting Ray")
             compose.start_ray(config, ray_dir)
@@ -108,7 +109,8 @@ def _foreground(config: ServingConfig, ray_dir: Path, timeout_s: float) -> _View
 class _Signals:
     """SIGINT, SIGTERM, SIGHUP: the first raises `_Stop`, the second kills every child."""
 
-    def __init__(self) -> None:
+    def __init__(self, ray_dir: Path) -> None:
+        self._ray_dir = ray_dir
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         self._before = {number: signal.getsignal(number) for number in numbers}
         self._stopping = False
@@ -130,6 +132,7 @@ class _Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._stopping:
             compose.kill_children()
+            shutil.rmtree(self._ray_dir, ignore_errors=True)
             sys.stderr.write("error: ended before everything was stopped\n")
             sys.stderr.flush()
             os._exit(128 + number)
@@ -138,8 +141,8 @@ class _Signals:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[_Signals]:
-    signals = _Signals()
+def _signals(ray_dir: Path) -> Iterator[_Signals]:
+    signals = _Signals(ray_dir)
     signals.install()
     try:
         yield signals

@@ -145,8 +145,20 @@ class Rollouts:
             found = await self._in_store(partial(self._store.rollouts, model=key, limit=1))
             row = found[0] if found else None
         if row is None:
-            raise NotFound(f"there is no rollout {key!r}, and no model of this name has had one")
+            raise self._unknown(key)
         return Record.from_row(row)
+
+    def _unknown(self, key: str) -> NotFound:
+        models = self._reconciler.state.desired.models
+        if key in models:
+            version = models[key].version
+            return NotFound(
+                f"model {key!r} is served, by version {version}, and has had no rollout yet"
+            )
+        return NotFound(
+            f"there is no rollout {key!r}, and no model of this name is served; "
+            f"served: {', '.join(sorted(models)) or 'none'}"
+        )
 
     async def latest_to(self, model: str, version: str, digest: str) -> Record | None:
         """The newest rollout of a model to this version. Raises `StoreError`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import socketserver
 import sqlite3
@@ -24,7 +25,7 @@ from serving.errors import ConflictError
 from serving.registry.mlflow import Registry
 from tests.bundles import write_bundle
 from tests.cli.admin import admin_api
-from tests.e2e.deployment import free_port, serving
+from tests.e2e.deployment import SERVING, free_port, serving
 
 # MLflow 3.17 with SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings(
@@ -134,6 +135,23 @@ def test_doctor_fails_a_model_that_asks_for_a_gpu_where_there_is_none(tmp_path: 
 )
 def test_a_usage_error_is_one_plain_line(tmp_path: Path, arguments: list[str], words: str) -> None:
     assert words in fails(*arguments, home=tmp_path, code=2)
+
+
+def test_a_command_that_is_interrupted_says_so_in_one_line(tmp_path: Path) -> None:
+    model = tmp_path / "m.onnx"
+    model.touch()
+    with subprocess.Popen(
+        [*SERVING, "register", "m", str(model)],
+        env={**os.environ, "SERVING_HOME": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"loading and running {model}\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stderr.read() == "error: interrupted\n"
+    assert process.returncode == 130
 
 
 def test_the_package_is_the_command() -> None:

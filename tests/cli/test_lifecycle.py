@@ -50,6 +50,10 @@ class Terminal:
     def press_ctrl_c(self) -> None:
         os.write(self._fd, b"\x03")
 
+    def terminate_group(self) -> None:
+        """SIGTERM for whatever runs in its process group, as timeout(1) sends it."""
+        os.killpg(self.pid, signal.SIGTERM)
+
     def wait(self) -> int:
         """Read to the end; the exit status."""
         while True:
@@ -88,7 +92,7 @@ def ray_dir(output: str) -> Path:
     return Path(found[1]).parents[1]
 
 
-def test_ctrl_c_on_a_terminal_answers_what_was_admitted_and_stops(home: Path) -> None:
+def test_a_signal_to_its_whole_group_answers_what_was_admitted_and_stops(home: Path) -> None:
     file = configure(home)
     terminal = Terminal(home, file)
     terminal.wait_for(b"ready: ")
@@ -96,12 +100,13 @@ def test_ctrl_c_on_a_terminal_answers_what_was_admitted_and_stops(home: Path) ->
     port = load_config(file).gateway.port
     with no_process_left(terminal.pid), Load(port, MLP, [mlp_body(1)]) as load:
         load.wait_for(1_000)
-        terminal.press_ctrl_c()
+        terminal.terminate_group()
         assert terminal.wait() == 0, terminal.output.decode(errors="replace")
         eventually(lambda: load.broken, "connections are refused")
     assert b"stopping gateway" in terminal.output
     assert terminal.output.rstrip().endswith(b"stopped")
     assert b"Traceback" not in terminal.output
+    assert not ray_dir(terminal.output.decode()).exists()
     assert load.failed == {}, load.failures
     # Who was connected got an answer; the others were not let in. The listener's own queue is the
     # exception: a connection that the gateway has not accepted ends with its listener.
@@ -132,7 +137,7 @@ def test_a_second_ctrl_c_ends_it_at_once(home: Path) -> None:
         terminal.press_ctrl_c()
         assert terminal.wait() == 128 + signal.SIGINT
     assert b"Traceback" not in terminal.output
-    shutil.rmtree(ray_dir(terminal.output.decode()))
+    assert not ray_dir(terminal.output.decode()).exists(), "nothing stays in /tmp"
 
 
 def test_down_stops_it_and_then_finds_nothing(home: Path) -> None:

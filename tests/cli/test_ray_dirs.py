@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_logs_of_a_failure_are_named_and_kept_for_a_day(parent: Path) -> None:
     assert logs.exists()
     ray_dirs.remove_old(parent, time.time() + DAY_S + 60)
     assert list(parent.iterdir()) == []
+
+
+def test_what_a_killed_one_leaves_is_removed_when_its_ray_is_gone(parent: Path) -> None:
+    directory = parent / "serving-ray-12345678"
+    directory.mkdir()
+    (directory / "serving-up.lock").touch()
+    helper_of_ray = ["bash", "-c", "read", "agent", f"--temp-dir={directory}"]
+    with subprocess.Popen(helper_of_ray, stdin=subprocess.PIPE) as helper:
+        ray_dirs.remove_old(parent, time.time() + 10)
+        assert directory.exists(), "a process of its Ray still runs"
+        helper.communicate()
+    ray_dirs.remove_old(parent, time.time())
+    assert directory.exists(), "it may be one that is about to be locked"
+    ray_dirs.remove_old(parent, time.time() + 10)
+    assert not directory.exists()
 
 
 def test_a_day_counts_from_the_last_line_of_a_log(parent: Path) -> None:

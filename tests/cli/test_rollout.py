@@ -114,6 +114,40 @@ def test_start_says_who_what_and_why_and_names_the_command_that_watches(idle: Cl
     assert (start["actor"], start["body"]["reason"]) == ("ci", "better")
 
 
+def test_status_of_everything_shows_a_rollout_and_who_gets_the_requests(cli: Cli) -> None:
+    desk = cli.desk
+    said = cli("status")
+    weight = f"{desk.rollout.weight * 100:.3g}"
+    assert (
+        f"digits: rollout digits:2 is observing, step 1 of {len(desk.rollout.spec.steps)}" in said
+    )
+    assert f"{weight} % to version 2; serving rollout status digits says more" in said
+    assert f"1 (stable, {100 - float(weight):.3g} %)" in said
+    assert f"2 (canary, {weight} %)" in said
+    desk.until("baking")
+    said = cli("status")
+    assert "digits: rollout digits:2 is baking, 100 % to version 2" in said
+    assert "1 (stable, 0 %)" in said
+    assert "2 (canary, 100 %)" in said
+    assert "(default)" not in said
+    desk.until("succeeded")
+    said = cli("status")
+    assert "2 (default)" in said
+    assert "rollout" not in said
+
+
+def test_an_apply_that_is_interrupted_says_that_it_goes_on(idle: Cli) -> None:
+    file = idle.desk.home / "serving.yaml"
+    models = "models: {digits: {version: '2', rollout: immediate}}"
+    file.write_text(f"home: {idle.desk.home}\n{models}\n")
+    terminal = Terminal(idle, "apply", "-f", str(file), "--url", idle.desk.url)
+    terminal.read_until("digits version 1: ")
+    terminal.press_ctrl_c()
+    assert terminal.wait() == 130
+    said = terminal.output.splitlines()[-1].removeprefix("^C")
+    assert said == "the apply goes on; serving status shows how far it is"
+
+
 def test_start_by_a_plan_of_its_own(idle: Cli) -> None:
     file = idle.desk.home / "slow.yaml"
     file.write_text("plan: fast\nsteps: [{weight: 50, hold: 1m}]\n")
@@ -317,7 +351,10 @@ def test_audit_verify(cli: Cli) -> None:
 
 def test_what_is_not_there(idle: Cli) -> None:
     for command in ("explain", "watch", "pause"):
-        assert "no rollout 'nobody'" in idle.fails("rollout", command, "nobody")
+        said = idle.fails("rollout", command, "nobody")
+        assert "no rollout 'nobody', and no model of this name is served; served: digits" in said
+    said = idle.fails("rollout", "status", "digits")
+    assert said == "error: model 'digits' is served, by version 1, and has had no rollout yet"
     gone = f"http://127.0.0.1:{free_port()}"
     for call in (["rollout", "status"], ["rollback", "m"], ["audit"], ["audit", "verify"]):
         assert f"no controller answers at {gone}" in idle.fails(*call, "--url", gone)
