@@ -46,7 +46,7 @@ def _explain(error: Any, root: type[BaseModel], source: str) -> str:
             f"{source}: {where!r} is not a model name; "
             "allowed: letters, digits, '_', '.', '-', at most 100"
         )
-    if error["type"] == "string_pattern_mismatch" and error["loc"][-1] == "version":
+    if error["type"] == "string_pattern_mismatch" and error["loc"][:2] != _PRICES:
         return (
             f"{source}: {where}: {error['input']!r} is not a version; "
             'allowed: a number like "3" or an @alias'

@@ -33,6 +33,13 @@ def test_a_check_of_our_own() -> None:
         parse_config({"gateway": 1}, source="f")
 
 
+@pytest.mark.parametrize("key", ["version", "also_serve"])
+def test_a_wrong_version(key: str) -> None:
+    value = "x y" if key == "version" else ["x y"]
+    with pytest.raises(ConfigError, match=r"'x y' is not a version; allowed: a number like"):
+        parse_config({"models": {"m": {key: value}}}, source="f")
+
+
 ROW = {"match": {"cpu": "core"}, "usd_per_hour": 1, "source": "s", "as_of": "2026-01"}
 
 
