@@ -14,7 +14,8 @@ from serving.errors import ConfigError
 
 def read(file: Path, array: Any, datatype: str) -> Any:
     np.save(file, array)
-    return infer._read_inputs(file, [{"name": "x", "datatype": datatype}])[0][2]
+    inputs, _ = infer._read(file, [{"name": "x", "datatype": datatype}])
+    return inputs[0][1]
 
 
 @pytest.fixture
@@ -74,8 +75,8 @@ def test_numbers_of_json_have_no_type(tmp_path: Path, capsys: pytest.CaptureFixt
     file = tmp_path / "x.json"
     file.write_text("[0.1, 1]")
     declared = [{"name": "x", "datatype": "FP32"}]
-    infer._read_inputs(file, declared)
+    infer._read(file, declared)
     assert capsys.readouterr().err == ""
     file.write_text("[1e39]")
     with pytest.raises(ConfigError, match="out of range"):
-        infer._read_inputs(file, declared)
+        infer._read(file, declared)

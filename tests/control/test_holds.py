@@ -148,7 +148,7 @@ def test_a_rollback_after_a_switch_says_what_to_do(world: RolloutWorld) -> None:
 def test_a_rollback_where_no_rollout_has_been_says_what_to_do(world: RolloutWorld) -> None:
     async def scenario() -> None:
         controller = await world.serving()
-        with pytest.raises(NotFound, match="no model of this name has had one"):
+        with pytest.raises(NotFound, match="served, by version 1, and has had no rollout yet"):
             await rollback(controller)
         await world.change(controller, "2", rollout="immediate")
         with pytest.raises(ConflictError, match=r'apply 2 switched .* with version: "1"'):

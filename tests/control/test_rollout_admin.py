@@ -130,7 +130,7 @@ def test_what_a_rollout_would_do(world: RolloutWorld) -> None:
             "invalid_request",
             "actor is a string",
         ),
-        ("/v1/rollouts/m/pause", {}, 404, "not_found", "no rollout 'm'"),
+        ("/v1/rollouts/m/pause", {}, 404, "not_found", "has had no rollout yet"),
         (
             "/v1/rollouts/m/pause",
             {"expected_state": "going"},
