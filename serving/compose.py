@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -110,17 +110,18 @@ def start_ray(config: ServingConfig, directory: Path) -> None:
     import ray
     from ray import serve
 
-    _give_own_sessions()
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
-        _init_ray(ray, config, directory)
+        with _own_sessions():
+            _init_ray(ray, config, directory)
         _start_serve(serve)
     except Exception as error:
         raise ClusterError(f"the local Ray does not start: {first_line(error)}") from error
 
 
-def _give_own_sessions() -> None:
-    """Let each process that Ray starts from here on begin a session of its own.
+@contextlib.contextmanager
+def _own_sessions() -> Iterator[None]:
+    """Let each process that Ray starts meanwhile begin a session of its own.
 
     A signal to our process group then reaches us alone: Ray must run until all have drained. Those
     processes end with us all the same, which is what Ray calls this function for.
@@ -135,6 +136,10 @@ def _give_own_sessions() -> None:
 
     if sys.platform == "linux":
         utils.set_kill_on_parent_death_linux = in_child
+    try:
+        yield
+    finally:
+        utils.set_kill_on_parent_death_linux = end_with_parent
 
 
 def _init_ray(ray: Any, config: ServingConfig, directory: Path) -> None:

@@ -24,11 +24,9 @@ def switched(before: Layout, after: Layout) -> dict[str, dict[str, str | None]]:
 def refusal(model: str, answering: str, newest: Record | None, applies: Sequence[AuditRow]) -> str:
     """Why a rollback is refused and what to do instead; "" where the rollout itself decides.
 
-    `answering` is the version that the model is to run, `newest` its rollout, `applies` are the
-    audit entries of applies, oldest first.
+    `answering` is the version that the model is to run, `newest` its rollout, which is over,
+    `applies` are the audit entries of applies, oldest first.
     """
-    if newest is not None and newest.live:
-        return ""
     ended_at = (newest.rollout.finished_at or 0.0) if newest is not None else 0.0
     for apply in reversed(applies):
         way = apply.body.get("switched", {}).get(model)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,11 +37,11 @@ class Splitter:
     """One rollout's split at this gateway. It outlives the epochs of its rollout."""
 
     __slots__ = (
-        "_by_id", "_canary_trial", "_draws", "_elsewhere", "_enough", "_epoch", "_overrides",
-        "_patience", "_plain", "_room", "_salt", "_shadowing", "_shield", "_spare", "_stable_trial",
-        "_trials", "_uncounted", "_unit", "_units", "_waiting", "_watch", "_weight", "arm",
-        "breaker", "canary", "diverted", "headers", "memory", "overridden", "recorder", "rollout",
-        "shadow", "shielded", "stable", "sticks",
+        "_by_id", "_canary_trial", "_draws", "_elsewhere", "_epoch", "_falls_on_stable",
+        "_overrides", "_patience", "_plain", "_room", "_salt", "_shadowing", "_shield", "_spare",
+        "_stable_trial", "_trials", "_uncounted", "_unit", "_units", "_waiting", "_watch", "_weight",
+        "arm", "breaker", "canary", "diverted", "headers", "memory", "overridden", "recorder",
+        "rollout", "shadow", "shielded", "stable", "sticks",
     )  # fmt: skip
 
     def __init__(
@@ -79,8 +78,8 @@ class Splitter:
         self._waiting = self._room = self._spare = 0
         # Rows of its draw that it had instead of stable, which had room for them.
         self._elsewhere = 0
-        # As long as it has so many left, it needs none about a request that is stable's.
-        self._enough = math.inf
+        # Whether the draw fell on stable.
+        self._falls_on_stable = False
         # With so much time there is no second thought about a request.
         share = _CANARY_SHARE if split.shield else 1.0
         self._patience = canary.arm.queue_max_wait_s / share
@@ -132,7 +131,8 @@ class Splitter:
             self._begin_draw()
         spare = self._spare - call.rows
         if (
-            spare < self._enough
+            spare < 0
+            or not self._falls_on_stable
             or call.deadline - call.arrival < self._patience
             or not self.canary.ready
         ):
@@ -210,7 +210,7 @@ class Splitter:
         self._waiting = self.canary.queue_depth
         self._elsewhere = 0
         self._draws.begin()
-        self._enough = 0 if self._draws.point >= self._weight else math.inf
+        self._falls_on_stable = self._draws.point >= self._weight
 
     def _rows_before(self, call: Call) -> int:
         """The rows of a call's draw before its own."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,23 @@ def test_a_ray_that_is_slow_to_start_is_started_once_more(
         with pytest.raises(RuntimeError, match=words):
             compose._init_ray(Ray, parse_config({}, source="test"), tmp_path)
     assert did == ["start", "stop", "start", "start"]
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's import warns
+def test_what_ray_starts_has_a_session_of_its_own_each_time() -> None:
+    from ray._private import utils
+
+    for _ in range(2):
+        with compose._own_sessions():
+            in_child = utils.set_kill_on_parent_death_linux
+        done = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.getsid(0) == os.getpid())"],
+            preexec_fn=in_child,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "True\n"
 
 
 def test_ray_counts_what_work_can_be_placed_on(
