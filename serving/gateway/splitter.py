@@ -39,9 +39,9 @@ class Splitter:
     __slots__ = (
         "_by_id", "_canary_trial", "_draws", "_elsewhere", "_epoch", "_falls_on_stable",
         "_overrides", "_patience", "_plain", "_room", "_salt", "_shadowing", "_shield", "_spare",
-        "_stable_trial", "_trials", "_uncounted", "_unit", "_units", "_waiting", "_watch", "_weight",
-        "arm", "breaker", "canary", "diverted", "headers", "memory", "overridden", "recorder",
-        "rollout", "shadow", "shielded", "stable", "sticks",
+        "_stable_trial", "_trials", "_uncounted", "_unit", "_units", "_waiting", "_watch",
+        "_weight", "arm", "breaker", "canary", "diverted", "headers", "memory", "overridden",
+        "recorder", "rollout", "shadow", "shielded", "stable", "sticks",
     )  # fmt: skip
 
     def __init__(
