@@ -7,6 +7,8 @@ with a request id.
 
 from __future__ import annotations
 
+import math
+
 
 class ServingError(Exception):
     """Base of all errors raised on purpose. `str(error)` is a sentence for the user."""
@@ -18,6 +20,11 @@ class ServingError(Exception):
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+    @property
+    def retry_after(self) -> int | None:
+        """What the header Retry-After says: whole seconds, at least one."""
+        return None if self.retry_after_s is None else max(1, math.ceil(self.retry_after_s))
 
 
 # What a client's request can meet.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -155,19 +154,15 @@ def _json(body: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(body), status, media_type="application/json")
 
 
-def _retry_after(error: ServingError) -> dict[str, str]:
-    """The header that says when to try again, where the error does."""
-    seconds = error.retry_after_s
-    return {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
-
-
 def _error(message: str, status: int, headers: dict[str, str] | None = None) -> Response:
     return Response(encode_error(message), status, headers, media_type="application/json")
 
 
 async def _serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    return _error(str(error), error.http_status, _retry_after(error))
+    seconds = error.retry_after
+    headers = None if seconds is None else {"retry-after": str(seconds)}
+    return _error(str(error), error.http_status, headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -309,8 +308,8 @@ class Exchange:
             log.error("inference failed", exc_info=error)
             error = ServingError("internal error")
         head += b"content-type: application/json\r\n"
-        if error.retry_after_s is not None:
-            head += b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
+        if (seconds := error.retry_after) is not None:
+            head += b"retry-after: %d\r\n" % seconds
         if isinstance(error, Unauthenticated):
             head += b"www-authenticate: Bearer\r\n"
         body = encode_error(str(error))

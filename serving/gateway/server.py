@@ -88,8 +88,25 @@ class GatewayServer:
 
         Raises `ClusterError` when the port is taken.
         """
+        self._build(asyncio.get_running_loop())
+        listener = _bind(self._config.host, self._config.port)
+        self.port: int = listener.getsockname()[1]
+        # One that takes another's place knows all models before its first client comes.
+        with contextlib.suppress(ClusterError):
+            await self._take_routes(0.0)
+        with _explained(self._config.host, self._config.port):
+            listener.listen(_BACKLOG)
+        self.front.sweep()
+        self._uvicorn = self._http_server()
+        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
+        self._tasks = [
+            asyncio.create_task(self._poll(), name="routes"),
+            asyncio.create_task(self._report_forever(), name="reports"),
+        ]
+
+    def _build(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Put the parts of the data plane together."""
         config = self._config
-        loop = asyncio.get_running_loop()
         limits = Limits(
             max_json_depth=config.max_json_depth,
             max_json_bytes=config.max_json_bytes,
@@ -124,17 +141,11 @@ class GatewayServer:
             request_id_prefix=f"{self._gateway[-8:]}-",
             tenants=tenants,
         )
-        listener = _bind(config.host, config.port)
-        self.port: int = listener.getsockname()[1]
-        # One that takes another's place knows all models before its first client comes.
-        with contextlib.suppress(ClusterError):
-            await self._take_routes(0.0)
-        with _explained(config.host, config.port):
-            listener.listen(_BACKLOG)
-        self.front.sweep()
-        self._uvicorn = _Uvicorn(
+
+    def _http_server(self) -> _Uvicorn:
+        return _Uvicorn(
             uvicorn.Config(
-                create_app(self.routes, config.server_name),
+                create_app(self.routes, self._config.server_name),
                 http=self.front.protocol(),  # type: ignore[arg-type]
                 ws="none",
                 access_log=False,
@@ -146,11 +157,6 @@ class GatewayServer:
                 backlog=_BACKLOG,
             )
         )
-        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
-        self._tasks = [
-            asyncio.create_task(self._poll(), name="routes"),
-            asyncio.create_task(self._report_forever(), name="reports"),
-        ]
 
     @property
     def alive(self) -> bool:
