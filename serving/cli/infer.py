@@ -96,37 +96,35 @@ def _read(
 
     Only a file that is a whole request says more. Raises `ConfigError`.
     """
+    where = Path("standard input") if source == STDIN else source  # for messages
+    try:
+        tensors, rest = _tensors(source, where, declared)
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return [_checked(where, tensor, declared) for tensor in tensors], rest
+
+
+def _tensors(
+    source: Path, where: Path, declared: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The inputs, each with its name and data; and what else the request says."""
     import numpy as np
 
-    rest: dict[str, Any] = {}
-    tensors: list[dict[str, Any]] | None = None
-    found: Mapping[str, Any] = {}
-    try:
-        if source == STDIN or source.suffix == ".json":
-            text = sys.stdin.read() if source == STDIN else source.read_text(encoding="utf-8")
-            source = Path("standard input") if source == STDIN else source  # for messages
-            parsed = json.loads(text)
-            if isinstance(parsed, dict) and isinstance(parsed.get("inputs"), list):
-                tensors = parsed.pop("inputs")
-                rest = parsed
-            else:
-                found = _from_json(source, parsed, declared)
-        elif source.suffix == ".npz":
-            with np.load(source, allow_pickle=False) as archive:
-                found = {key: archive[key] for key in archive.files}
-        elif source.suffix == ".npy":
-            found = {_only(source, declared): np.load(source, allow_pickle=False)}
-        else:
-            raise ConfigError(f"{source}: expected a .npz, .npy or .json file, or - for stdin")
-        if tensors is None:
-            tensors = [{"name": name, "data": value} for name, value in found.items()]
-        else:
-            tensors = [_shaped(source, tensor) for tensor in tensors]
-    except OSError as error:
-        raise ConfigError(f"{source}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{source}: {error}") from error
-    return [_checked(source, tensor, declared) for tensor in tensors], rest
+    if source == STDIN or source.suffix == ".json":
+        parsed = json.loads(sys.stdin.read() if source == STDIN else source.read_text("utf-8"))
+        if isinstance(parsed, dict) and isinstance(parsed.get("inputs"), list):
+            return [_shaped(where, tensor) for tensor in parsed.pop("inputs")], parsed
+        found = _from_json(where, parsed, declared)
+    elif source.suffix == ".npz":
+        with np.load(source, allow_pickle=False) as archive:
+            found = {key: archive[key] for key in archive.files}
+    elif source.suffix == ".npy":
+        found = {_only(where, declared): np.load(source, allow_pickle=False)}
+    else:
+        raise ConfigError(f"{where}: expected a .npz, .npy or .json file, or - for stdin")
+    return [{"name": name, "data": value} for name, value in found.items()], {}
 
 
 def _shaped(source: Path, tensor: Any) -> dict[str, Any]:
