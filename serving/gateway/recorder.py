@@ -9,13 +9,12 @@ A run costs three appends: its times are put into buckets later, thousands at on
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from serving.gateway.pending import Floats, Pending
 from serving.gateway.usage import UsageMeter
 from serving.tenant_settings import DEFAULT_TENANT
 
@@ -24,10 +23,6 @@ SECONDS_BOUNDS: Final = (
     10.0, 30.0, 60.0,
 )  # fmt: skip
 ROWS_BOUNDS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# Counted together at the latest when there are so many.
-_MAX_PENDING: Final = 8192
-
-Floats = npt.NDArray[np.float64]
 
 
 class Histogram:
@@ -74,7 +69,7 @@ class ArmRecorder:
         """`tenant` is the only one that there is; None if requests say whose they are."""
         self._outcomes: dict[str, int] = {}
         # Of answers that are not in the histograms yet.
-        self._latency, self._queue, self._compute = array("d"), array("d"), array("d")
+        self._latency, self._queue, self._compute = Pending(), Pending(), Pending()
         self._histograms = {
             part: Histogram(SECONDS_BOUNDS) for part in ("latency", "gateway", "queue", "compute")
         }
@@ -91,8 +86,8 @@ class ArmRecorder:
         """Count requests that the model answered in one run, each with its own time in a queue."""
         self._latency.extend(totals)
         self._queue.extend(queues)
-        self._compute.extend([compute] * len(totals))
-        if len(self._latency) >= _MAX_PENDING:
+        self._compute.repeat(compute, len(totals))
+        if self._latency.full:
             self._settle()
 
     def refused(self, outcome: str, total: float) -> None:
@@ -110,12 +105,10 @@ class ArmRecorder:
 
     def _settle(self) -> None:
         """Count the pending answers."""
-        n = len(self._latency)
-        if not n:
+        latency, queue, compute = (p.take() for p in (self._latency, self._queue, self._compute))
+        if not len(latency):
             return
-        latency, queue, compute = map(np.array, (self._latency, self._queue, self._compute))
-        self._latency, self._queue, self._compute = array("d"), array("d"), array("d")
-        self._outcomes["success"] = self._outcomes.get("success", 0) + n
+        self._outcomes["success"] = self._outcomes.get("success", 0) + len(latency)
         parts = {
             "latency": latency,
             "gateway": latency - queue - compute,

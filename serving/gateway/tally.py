@@ -5,7 +5,6 @@ A run is a few appends; what it was is put into buckets and named later, many ru
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from math import prod
 from typing import Any, Final
@@ -14,6 +13,7 @@ import numpy as np
 
 from serving.core.predictions import Codes, PredictionReader, name_of
 from serving.core.rollout_counts import LATENCY_BOUNDS
+from serving.gateway.pending import Pending
 
 _MAX_PENDING: Final = 8192
 _MAX_PENDING_BYTES: Final = 1 << 20
@@ -27,12 +27,12 @@ class Latencies:
 
     def __init__(self) -> None:
         self._counts = np.zeros(len(LATENCY_BOUNDS) + 1, np.int64)
-        self._pending = array("d")
+        self._pending = Pending()
 
     def extend(self, seconds: list[float]) -> None:
         """Add observations."""
         self._pending.extend(seconds)
-        if len(self._pending) >= _MAX_PENDING:
+        if self._pending.full:
             self._settle()
 
     def to_dict(self) -> dict[str, int]:
@@ -42,16 +42,24 @@ class Latencies:
         return {str(i): int(self._counts[i]) for i in at}
 
     def _settle(self) -> None:
-        if self._pending:
-            buckets = np.searchsorted(_BOUNDS, np.array(self._pending), side="left")
-            self._counts += np.bincount(buckets, minlength=len(self._counts))
-            self._pending = array("d")
+        buckets = np.searchsorted(_BOUNDS, self._pending.take(), side="left")
+        self._counts += np.bincount(buckets, minlength=len(self._counts))
 
 
 class Predictions:
     """How often each was made; they are read, named and counted many at a time."""
 
-    __slots__ = ("_bytes", "_codes", "_counts", "_outputs", "_reader", "_rows", "_tail", "_unread")
+    __slots__ = (
+        "_bytes",
+        "_codes",
+        "_counts",
+        "_outputs",
+        "_reader",
+        "_row_bytes",
+        "_rows",
+        "_tail",
+        "_unread",
+    )
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -60,6 +68,7 @@ class Predictions:
         self._outputs: list[bytes] = []
         self._reader: PredictionReader | None = None
         self._tail: tuple[int, ...] = ()
+        self._row_bytes = 0
         # How many rows are not counted yet, and of them not read; bytes of the latter.
         self._rows = self._unread = self._bytes = 0
 
@@ -81,7 +90,8 @@ class Predictions:
         if tail != self._tail or reader is not self._reader:
             self._read()
             self._reader, self._tail = reader, tail
-        if len(data) != rows * prod(tail) * reader.itemsize:
+            self._row_bytes = prod(tail) * reader.itemsize
+        if len(data) != rows * self._row_bytes:
             raise ValueError(f"{len(data)} bytes are no output of shape {list(shape)}")
         self._outputs.append(bytes(data))
         self._unread += rows
