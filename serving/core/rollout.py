@@ -26,7 +26,7 @@ from serving.core.rollout_baseline import (
 from serving.core.rollout_counts import EpochCounts
 from serving.core.rollout_progress import WATCHED, find_event
 from serving.core.rollout_spec import FLOOR_S, RolloutSpec
-from serving.core.rollout_states import TERMINAL, TRANSITIONS, Event, State
+from serving.core.rollout_states import TERMINAL, TRANSITIONS, Event, State, target_of
 from serving.core.rollout_types import (
     Approval,
     Epoch,
@@ -166,7 +166,7 @@ def title(rollout: Rollout) -> str:
 
 
 def _moved(rollout: Rollout, event: Event, now: float, reason: str, actor: str) -> Rollout:
-    target = TRANSITIONS[rollout.state, event] or rollout.stage
+    target = target_of(rollout.state, event, rollout.stage)
     moved = replace(
         rollout,
         state=target,

@@ -88,6 +88,15 @@ def test_a_pause_leads_back_to_where_it_was() -> None:
         assert (resumed.state, resumed.resume_to) == (state, None)
 
 
+@pytest.mark.parametrize("event", [Event.ABORT, Event.ROLLBACK, Event.SUPERSEDED])
+@pytest.mark.parametrize("stage", PAUSABLE)
+def test_a_paused_rollout_is_taken_back_as_it_would_be_unpaused(stage: State, event: Event) -> None:
+    paused = transition(in_state(stage), Event.PAUSE, now=START + 5, reason="wait")
+    unpaused = transition(in_state(stage), event, now=START + 9, reason="no")
+    after = transition(paused, event, now=START + 9, reason="no")
+    assert (after.state, after.finished_at) == (unpaused.state, unpaused.finished_at)
+
+
 @pytest.mark.parametrize("stage", [State.PENDING, State.PREPARING, State.BAKING])
 def test_a_paused_rollout_is_not_promoted_before_it_is_ready_nor_twice(stage: State) -> None:
     paused = transition(in_state(stage), Event.PAUSE, now=START, reason="wait")
