@@ -262,6 +262,31 @@ def test_the_same_target_again_changes_nothing(world: RolloutWorld) -> None:
     run(scenario())
 
 
+def test_an_apply_of_another_plan_says_that_the_running_one_keeps_its_own(
+    world: RolloutWorld,
+) -> None:
+    async def scenario() -> None:
+        controller = await world.observing()
+        other = {**QUICK, "steps": [{"weight": 10, "hold": 3}]}
+        plan = await world.change(controller, "2", rollout=other, replicas=2)
+        (row,) = (c for c in plan["changes"] if c["version"] == "2")
+        assert row["reason"].endswith(
+            "; rollout m:1 keeps the plan that it began with; to change it: "
+            "serving rollout abort m, then serving rollout start m --to 2"
+        )
+        record = await controller.rollouts.find("m:1")
+        assert [step.weight for step in record.rollout.spec.steps] == [20, 50]
+        await tell(controller, "abort")
+        await world.until(controller, "rolled_back")
+        await controller.start_rollout("m", "2", None)
+        record = await controller.rollouts.find("m:2")
+        assert [step.weight for step in record.rollout.spec.steps] == [10]
+        plan = await world.change(controller, "2", rollout=other, replicas=2)
+        assert "keeps the plan" not in plan["changes"][-1]["reason"]
+
+    run(scenario())
+
+
 def test_another_target_takes_the_running_one_back_first(world: RolloutWorld) -> None:
     async def scenario() -> None:
         controller = await world.observing()
