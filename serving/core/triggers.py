@@ -28,7 +28,7 @@ from serving.core.evidence import (
 from serving.core.gpu_triggers import gpu_health, gpu_memory_headroom, oom
 from serving.core.hard_triggers import breaker, crash_loop, provider, slo_burn
 from serving.core.one_arm import BASELINE, Event, Tolerance, Watch, parts, spent
-from serving.core.rollout_baseline import MIN_ANSWERS, stable_so_far
+from serving.core.rollout_baseline import MIN_ANSWERS, latency_bounds, stable_so_far
 from serving.core.rollout_counts import (
     LATENCY_BOUNDS,
     NOTHING,
@@ -98,10 +98,7 @@ def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     ]
     frozen = [e.latency_bounds for e in rollout.epochs if e.latency_bounds]
     if not frozen:
-        n = stable_so_far(snapshot.counts).latency.total
-        if n >= MIN_ANSWERS:
-            return hold(trigger, "judged from the first step on, which sets its bounds: holds")
-        return hold(trigger, f"waits for {MIN_ANSWERS} answers of stable to judge by, {n} so far")
+        return hold(trigger, _without_bounds(trigger, stable_so_far(snapshot.counts)))
     *compared, alone = frozen[-1]
     facts = "; ".join(
         f"longer than {milliseconds(LATENCY_BOUNDS[bound])} took "
@@ -112,6 +109,20 @@ def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     watch = _watch(trigger, rollout, snapshot, lambda row: row.slow(alone))
     beyond = f"longer than {milliseconds(LATENCY_BOUNDS[alone])} took "
     return judge(trigger, rollout.spec.analysis, _with_bake(found, watch, beyond))
+
+
+def _without_bounds(trigger: Trigger, stable: ArmCountsRow) -> str:
+    """Why latency has no bounds yet, or cannot have any."""
+    if stable.latency.total < MIN_ANSWERS:
+        n = stable.latency.total
+        return f"waits for {MIN_ANSWERS} answers of stable to judge by, {n} so far"
+    if latency_bounds(stable, trigger.floor_s) is None:
+        return (
+            "stable is too slow to judge by, its 99th percentile is "
+            f"{stable.latency.quantile(0.99):.3g} s: a bound would lie beyond "
+            f"{LATENCY_BOUNDS[-1]:.0f} s, where latencies are no longer told apart: holds"
+        )
+    return "judged from the first step on, which sets its bounds: holds"
 
 
 def _labels(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:

@@ -283,6 +283,15 @@ def test_latency_waits_for_bounds() -> None:
     )
 
 
+def test_latency_says_that_a_stable_is_too_slow_to_judge_by() -> None:
+    verdict = judged(epoch(failures(100, 0), answers([35.0] * 900)), "latency")
+    assert verdict.verdict is Outcome.HOLD
+    assert verdict.sentence == (
+        "latency: stable is too slow to judge by, its 99th percentile is 35.2 s: a bound would lie "
+        "beyond 60 s, where latencies are no longer told apart: holds"
+    )
+
+
 @pytest.mark.parametrize(
     ("pairs", "disagreements", "outcome"),
     [(100, 9, "hold"), (200, 30, "fail"), (2000, 5, "pass"), (0, 0, "hold"), (40, 40, "hold")],
