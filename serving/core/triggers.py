@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Final
 
 from serving.core.cost_trigger import cost
@@ -178,24 +179,34 @@ def _drift(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
 
 
 def _disagreement(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
-    """Shadow pairs whose answers differ, against a bound."""
+    """Shadow pairs whose answers differ, against a bound.
+
+    Where answers are not compared, only those that the canary failed are known: no evidence that
+    it agrees.
+    """
     shadow = rollout.spec.shadow
+    compared = shadow is None or shadow.compare.kind != "none"
     n = sum(c.pairs for c in snapshot.counts.values())
-    if not n and (shadow is None or shadow.compare.kind == "none"):
+    if not n and (shadow is None or not compared):
         return hold(trigger, "the plan compares no shadow traffic: holds")
     k = sum(c.disagreements for c in snapshot.counts.values())
+    tolerated = f"(tolerated: {percent(trigger.q0)})"
+    facts = (
+        f"canary disagreed with stable in {out_of((n, k), 'shadow pairs')} {tolerated}"
+        if compared
+        else f"canary failed {out_of((n, k), 'copies')} {tolerated}, their answers are not compared"
+    )
     return judge(
         trigger,
         rollout.spec.analysis,
         Finding(
             log_e=log_e_bounded(k, n, trigger.q0, *DISAGREEING),
-            log_e_pass=log_e_bounded_pass(k, n, trigger.q0, *_AGREEING),
+            log_e_pass=log_e_bounded_pass(k, n, trigger.q0, *_AGREEING) if compared else -inf,
             canary=(n, k),
             stable=(0, 0),
             clusters=k,
-            units="shadow pairs",
-            facts=f"canary disagreed with stable in {out_of((n, k), 'shadow pairs')} "
-            f"(tolerated: {percent(trigger.q0)})",
+            units="shadow pairs" if compared else "copies",
+            facts=facts,
         ),
     )
 

@@ -31,6 +31,7 @@ from serving.core.rollout_spec import (
     TRIGGER_KINDS,
     Analysis,
     Assignment,
+    Compare,
     Feedback,
     RolloutSpec,
     Shadow,
@@ -300,6 +301,20 @@ def test_disagreement_is_judged_by_a_bound(pairs: int, disagreements: int, outco
     verdict = judged(EpochCounts(pairs=pairs, disagreements=disagreements), "disagreement")
     assert verdict.verdict.value == outcome
     assert verdict.canary == (pairs, disagreements)
+
+
+@pytest.mark.parametrize(("failed", "outcome"), [(0, "hold"), (400, "fail")])
+def test_copies_that_are_not_compared_fail_a_version_and_never_pass_it(
+    failed: int, outcome: str
+) -> None:
+    trial = rollout(kinds=("disagreement",))
+    copying = replace(trial.spec, shadow=Shadow(compare=Compare("none")))
+    counts = EpochCounts(pairs=2000, disagreements=failed)
+    verdict = only(evaluate(replace(trial, spec=copying), snapshot({1: counts})))
+    assert verdict.verdict.value == outcome
+    assert f"canary failed {failed} of 2000 copies" in verdict.sentence
+    assert "their answers are not compared" in verdict.sentence
+    assert "disagreed" not in verdict.sentence
 
 
 def predictions(**counts: int) -> ArmCountsRow:
