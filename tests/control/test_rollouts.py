@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from serving.control.totals import MAX_INSTANCES
+from serving.core.rollout_counts import recent
 from serving.core.rollout_types import ProviderState, Rollout
 from serving.core.types import Signature, TensorSpec
 from serving.errors import ConfigError, ConflictError, NotFound, RegistryError, StoreError
@@ -590,6 +591,23 @@ def test_evidence_is_the_same_after_a_restart(world: RolloutWorld) -> None:
         assert any(v.log_e for v in after.rollout.verdicts)
         assert again.totals.trials.counts("m:1") == controller.totals.trials.counts("m:1")
         assert after.history == before.history
+
+    run(scenario())
+
+
+def test_what_is_late_stays_so_after_the_clock_was_set_back(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        controller = await world.observing()
+        await world.seconds(controller, 4)
+        world.set_back = 600.0
+        for second in range(3):
+            seen = controller.rollouts.observer.sight(await controller.rollouts.find("m"))
+            history = seen.history
+            assert history[-1].at == seen.now
+            assert [s.at for s in history] == sorted(s.at for s in history)
+            of_late, ever = recent(history, 1.5).canary[0], history[-1].canary[0]
+            assert 0 < of_late < ever, f"{second} s after the clock was set back"
+            await world.second(controller)
 
     run(scenario())
 
