@@ -55,6 +55,12 @@ def test_a_rollout_comes_back_from_the_store_as_it_was(state: State) -> None:
     assert stored(in_state(state)) == in_state(state)
 
 
+def test_a_row_of_an_earlier_version_has_only_the_time_that_moves() -> None:
+    earlier = in_state(State.BAKING).to_dict()
+    del earlier["changed_at"]
+    assert Rollout.from_dict(earlier).changed_at == START
+
+
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_refused_command_names_those_that_are_possible(state: State, name: str) -> None:

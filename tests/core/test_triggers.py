@@ -69,6 +69,7 @@ def rollout(*epochs: Epoch, kinds: tuple[str, ...] = ("errors",), **changes: Any
             "spec": spec,
             "salt": "salt",
             "created_at": 0.0,
+            "changed_at": 0.0,
             "entered_at": 0.0,
             "step_entered_at": 0.0,
             "epochs": epochs or (Epoch(1, 0, 0.05),),
