@@ -346,6 +346,9 @@ def test_a_model_that_is_removed_takes_its_rollout_along(world: RolloutWorld) ->
         await world.until(controller, "rolled_back", key="m:1")
         await world.seconds(controller, 3)
         assert world.cluster.phases == {}
+        assert await controller.readings.list_rollouts(model="m", active=True, limit=9) == []
+        with pytest.raises(NotFound, match="'x' is not served, and had no rollout; served: none"):
+            await controller.readings.list_rollouts(model="x", active=None, limit=9)
 
     run(scenario())
 
