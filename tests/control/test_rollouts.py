@@ -202,6 +202,33 @@ def test_commands_are_obeyed_and_audited(world: RolloutWorld) -> None:
     run(scenario())
 
 
+def test_an_epoch_that_no_transition_began_is_audited_with_its_own_reason(
+    world: RolloutWorld,
+) -> None:
+    async def scenario() -> None:
+        controller = await world.serving()
+        long = {"steps": [{"weight": 20, "hold": 30}], "bake": {"duration": 600}}
+        await world.change(controller, "2", rollout={**QUICK, **long})
+        await world.until(controller, "observing")
+        await world.seconds(controller, 10)
+        world.cluster.silent.add("2")
+        await world.seconds(controller, 12)
+        world.cluster.silent.discard("2")
+        await world.until(controller, "baking")
+        await world.seconds(controller, 310)
+        found = [
+            (a.body["weight"], a.body["reason"]) for a in world.store.audit() if a.action == "epoch"
+        ]
+        assert found == [
+            (0.2, "latency bounds were set from what version 1 answered"),
+            (0.0, "version 2 has no ready replica"),
+            (0.2, "version 2 has a ready replica again"),
+            (1.0, "part 2 of the bake begins"),
+        ]
+
+    run(scenario())
+
+
 def test_of_two_operators_the_second_is_told_what_the_first_did(world: RolloutWorld) -> None:
     async def scenario() -> None:
         controller = await world.observing()
