@@ -197,12 +197,12 @@ def _by_user(unit: str) -> tuple[Text, ...]:
 
 
 def _headline(rollout: Plain, now: float) -> tuple[Text, Text]:
-    since = words.duration(int(now - rollout["entered_at"]))
+    since = words.duration(int(now - rollout["changed_at"]))
     title = f"{rollout['model']}: version {rollout['stable']} → {rollout['canary']}, "
     text = Text.assemble(
         (title, "bold"),
         (words.headline(rollout), _STATE_STYLES.get(rollout["state"], "bold")),
-        f", since {words.moment(rollout['entered_at'])} ({since})",
+        f", since {words.moment(rollout['changed_at'])} ({since})",
     )
     why = rollout["reason"] or "no reason given"
     return text, Text(f"by {rollout['actor'] or '–'}: {why}")

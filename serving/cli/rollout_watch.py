@@ -98,7 +98,8 @@ class Changes:
     """What is different from the sight before, one line each."""
 
     def __init__(self) -> None:
-        self._place: tuple[Any, ...] = ()
+        self._transition: tuple[Any, ...] = ()
+        self._weight: float | None = None
         self._verdicts: dict[str, str] = {}
         self._notice = ""
 
@@ -111,13 +112,17 @@ class Changes:
             # Undecided is how every trigger begins.
             if self._verdicts.get(v["trigger"], "hold") != v["verdict"]
         ]
-        place = tuple(rollout[key] for key in ("state", "step", "weight"))
-        if place != self._place:
+        transition = tuple(rollout[key] for key in ("state", "step", "changed_at"))
+        headline = f"{rollout['model']}: {words.headline(rollout)}"
+        if transition != self._transition:
             why = f" ({rollout['reason']})" if rollout["reason"] else ""
-            at = words.moment(rollout["entered_at"])
-            lines.append(f"{at} {rollout['model']}: {words.headline(rollout)}{why}")
+            lines.append(f"{words.moment(rollout['changed_at'])} {headline}{why}")
+        elif rollout["weight"] != self._weight:
+            # An arm is away, or back: no transition, and so not for the reason of the last one.
+            lines.append(f"{now} {headline} ({rollout['next']})")
         if sight.notice and sight.notice != self._notice:
             lines.append(f"{now} {rollout['model']}: {sight.notice}")
-        self._place, self._notice = place, sight.notice
+        self._transition, self._weight = transition, rollout["weight"]
+        self._notice = sight.notice
         self._verdicts = {v["trigger"]: v["verdict"] for v in rollout["verdicts"]}
         return lines

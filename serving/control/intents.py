@@ -163,6 +163,8 @@ def _kept(row: PlanRow, rollout: Rollout, intent: Intent | None, now: float) -> 
 def _of_running(row: PlanRow, record: Record, intent: Intent | None) -> PlanRow:
     if row.change is Change.STOP:
         return replace(row, reason=intent.ends if intent else "no longer asked for")
+    if intent is not None and intent.kind == "goes_on" and intent.reason:
+        return replace(row, reason="; ".join(filter(None, (row.reason, intent.reason))))
     going_on = f"rollout {record.rollout.id} is {record.rollout.state.value}"
     return replace(row, reason=row.reason or going_on)
 
@@ -188,7 +190,18 @@ def _same_target(
     first = seen.running[0] is newest
     if first and newest.rollout.stage is not State.PENDING:
         desired = replace(desired, versions={**desired.versions, asked.version: target})
-    return Intent("goes_on", desired, stable, target)
+    return Intent("goes_on", desired, stable, target, _plan_kept(newest.rollout, plan))
+
+
+def _plan_kept(rollout: Rollout, plan: RolloutSpec) -> str:
+    """That a rollout is not judged by the file's plan, where that is another one; "" otherwise."""
+    if rollout.spec == plan:
+        return ""
+    model = rollout.model
+    return (
+        f"rollout {rollout.id} keeps the plan that it began with; to change it: "
+        f"serving rollout abort {model}, then serving rollout start {model} --to {rollout.canary}"
+    )
 
 
 def _beside(asked: ServedModel, stable: ServedVersion) -> ServedModel:

@@ -8,6 +8,7 @@ from typing import Any, Final
 from serving.control.overlay import default_version
 from serving.control.records import Record
 from serving.core.rollout import CONTROLLER
+from serving.core.rollout_progress import lost_arms
 from serving.core.rollout_states import State
 from serving.core.rollout_types import Outcome, Rollout
 from serving.store.audit import AuditEntry
@@ -40,6 +41,9 @@ def entries(
         action, actor, reason = told.command, told.actor, told.reason
     if not action:
         return []
+    if action == EPOCH and old is not None:
+        # No transition began it, so the last one's reason is not its own.
+        reason = _why_epoch(old, new)
     body = _standing(new) | {"from": old.state.value if old else None, "reason": reason}
     if old is None:
         body |= {
@@ -64,6 +68,31 @@ def _action(old: Rollout | None, new: Rollout) -> str:
     if old.warm_until != new.warm_until:
         return LET_GO
     return EPOCH if old.epochs != new.epochs else ""
+
+
+def _why_epoch(old: Rollout, new: Rollout) -> str:
+    """Why an epoch began within a state and a step: all that is different in it."""
+    before, now, stable = old.current, new.current, new.stable
+    found = []
+    if before.weight != now.weight:
+        found.append(_why_weight(old, new))
+    if before.latency_bounds != now.latency_bounds:
+        found.append(
+            f"latency bounds were set from what version {stable} answered"
+            if before.latency_bounds is None
+            else f"latency bounds follow version {stable}, whose latency has changed"
+        )
+    if before.drift_bins != now.drift_bins:
+        found.append(f"drift is judged from now on, by what version {stable} predicted")
+    if before.part != now.part:
+        found.append(f"part {now.part + 1} of the bake begins")
+    return "; ".join(found)
+
+
+def _why_weight(old: Rollout, new: Rollout) -> str:
+    if lost := lost_arms(new):
+        return f"version {' and version '.join(lost)} has no ready replica"
+    return f"version {' and version '.join(lost_arms(old))} has a ready replica again"
 
 
 def _standing(rollout: Rollout) -> dict[str, Any]:

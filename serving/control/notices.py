@@ -43,7 +43,7 @@ def _transitions(before: Rollout | None, after: Rollout, revision: int, now: flo
         return []
     came_from = f"{before.state} → " if before is not None and before.state != after.state else ""
     message = f"{came_from}{_place(after)}: {after.reason}"
-    key = f"{after.id}/{after.state}/{after.step}/{after.entered_at!r}"
+    key = f"{after.id}/{after.state}/{after.step}/{after.changed_at!r}"
     events: list[WebhookEvent] = ["event"] if after.active else ["event", "post-rollout"]
     alert = after.state in _ALARMING
     return [

@@ -13,7 +13,7 @@ from typing import Final
 from serving.control.fleet import Fleet
 from serving.control.incidents import IncidentWatch
 from serving.control.reconcile import Clock, Reconciler
-from serving.control.records import Record, Replicas
+from serving.control.records import Record, Replicas, not_after
 from serving.control.state import Providers
 from serving.control.totals import Totals
 from serving.core.plan import ServedVersion
@@ -190,4 +190,5 @@ def _span_s(rollout: Rollout) -> float:
 
 
 def _up_to_now(history: tuple[Sample, ...], sample: Sample) -> tuple[Sample, ...]:
-    return history if history and history[-1].at == sample.at else (*history, sample)
+    history = not_after(history, sample.at)
+    return history if history and history[-1] == sample else (*history, sample)

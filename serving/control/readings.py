@@ -25,10 +25,15 @@ class Readings:
     async def list_rollouts(
         self, *, model: str | None, active: bool | None, limit: int
     ) -> list[dict[str, Any]]:
-        """Rollouts, newest first. Raises `StoreError`."""
+        """Rollouts, newest first.
+
+        Raises `StoreError`, or `NotFound` for a model that is not served and never had any.
+        """
         read = partial(self._store.rollouts, model=model, active=active, limit=limit)
         running = {r.rollout.id: r for r in self._rollouts.records}
         rows = await self._in_store(read)
+        if model is not None and not rows:
+            await self._rollouts.check_model(model)
         return [self._listed(running.get(row.id) or Record.from_row(row)) for row in rows]
 
     def _listed(self, record: Record) -> dict[str, Any]:

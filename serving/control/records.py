@@ -111,11 +111,12 @@ class Record:
 
     def with_sample(self, sample: Sample, span_s: float) -> Record:
         """With `sample` at the end of its history, which reaches back `span_s` seconds."""
-        last = self.history[-1] if self.history else None
+        history = not_after(self.history, sample.at)
+        last = history[-1] if history else None
         if last is not None and (last.stable, last.canary) == (sample.stable, sample.canary):
             # Until the next change the last sample stands for all later ones.
-            return self
-        return replace(self, history=_thinned((*self.history, sample), span_s))
+            return self if history is self.history else replace(self, history=history)
+        return replace(self, history=_thinned((*history, sample), span_s))
 
     def to_row(self) -> RolloutRow:
         """For the store."""
@@ -157,6 +158,17 @@ class Record:
             tuple(Incident.from_dict(raw) for raw in body.get("incidents", ())),
             _replicas(body.get("replicas")),
         )
+
+
+def not_after(history: tuple[Sample, ...], now: float) -> tuple[Sample, ...]:
+    """Samples, oldest first, of which none is later than `now` (Unix seconds).
+
+    After the clock was set back they are moved back with it, so that windows stay as long.
+    """
+    ahead = history[-1].at - now if history else 0.0
+    if ahead <= 0:
+        return history
+    return tuple(replace(sample, at=sample.at - ahead) for sample in history)
 
 
 def _replicas(raw: Mapping[str, Any] | None) -> Replicas:

@@ -36,7 +36,7 @@ class Telling:
         """The last controller may have ended before it told; told again, a notice has its key."""
         now, revision = self._clock.unix(), self._reconciler.board.revision
         for record in records:
-            if now - record.rollout.entered_at < RETOLD_S:
+            if now - record.rollout.changed_at < RETOLD_S:
                 for notice in notices(None, record.rollout, revision=revision, now=now):
                     if notice.subject == "transition":
                         self._providers.emit(notice)

@@ -148,6 +148,17 @@ class Rollouts:
             raise self._unknown(key)
         return Record.from_row(row)
 
+    async def check_model(self, name: str) -> None:
+        """Raise `NotFound` for a model that is not served and never had a rollout, or `StoreError`.
+
+        So a name that was misspelled is not taken for one without rollouts.
+        """
+        models = self._reconciler.state.desired.models
+        ever = partial(self._store.rollouts, model=name, limit=1)
+        if name not in models and not await self._in_store(ever):
+            served = ", ".join(sorted(models)) or "none"
+            raise NotFound(f"model {name!r} is not served, and had no rollout; served: {served}")
+
     def _unknown(self, key: str) -> NotFound:
         models = self._reconciler.state.desired.models
         if key in models:

@@ -26,7 +26,7 @@ from serving.core.rollout_baseline import (
 from serving.core.rollout_counts import EpochCounts
 from serving.core.rollout_progress import WATCHED, find_event
 from serving.core.rollout_spec import FLOOR_S, RolloutSpec
-from serving.core.rollout_states import TERMINAL, TRANSITIONS, Event, State
+from serving.core.rollout_states import TERMINAL, TRANSITIONS, Event, State, target_of
 from serving.core.rollout_types import (
     Approval,
     Epoch,
@@ -98,6 +98,7 @@ def new_rollout(
         spec=spec,
         salt=salt,
         created_at=now,
+        changed_at=now,
         entered_at=now,
         step_entered_at=now,
         epochs=(Epoch(epoch=0, step=-1, weight=0.0),),
@@ -166,11 +167,12 @@ def title(rollout: Rollout) -> str:
 
 
 def _moved(rollout: Rollout, event: Event, now: float, reason: str, actor: str) -> Rollout:
-    target = TRANSITIONS[rollout.state, event] or rollout.stage
+    target = target_of(rollout.state, event, rollout.stage)
     moved = replace(
         rollout,
         state=target,
         resume_to=None,
+        changed_at=now,
         entered_at=now,
         waiting_since=None,
         reason=reason,

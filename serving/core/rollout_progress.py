@@ -169,8 +169,12 @@ def pairs_compared(snapshot: Snapshot) -> int:
 
 
 def step_units(rollout: Rollout, snapshot: Snapshot) -> int:
-    """Requests, or users, that the canary has had in the running step."""
-    epochs = (e.epoch for e in rollout.epochs if e.step == rollout.step)
+    """Requests, or users, that the canary has had in the running step.
+
+    Not those that it answered for a stable without replicas: nothing is beside them to compare.
+    """
+    weight = rollout.planned_weight
+    epochs = (e.epoch for e in rollout.epochs if (e.step, e.weight) == (rollout.step, weight))
     counts = (snapshot.counts[e] for e in epochs if e in snapshot.counts)
     return sum(row.requests for c in counts for row in c.canary.values())
 

@@ -4,7 +4,7 @@
 
 A step of the plan is one round of observing (and awaiting_gate). From shadowing to baking anything
 that takes the version back leads to rolling_back → rolled_back; before that there is no traffic to
-take away and the rollout ends at once. `docs/rollouts.md` draws this table.
+take away and the rollout ends at once, paused or not. `docs/rollouts.md` draws this table.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ _TAKEN_BACK_BY: Final = (
     Event.ROLLBACK,
     Event.SUPERSEDED,
 )
+_BY_OTHERS: Final = (Event.ABORT, Event.ROLLBACK, Event.SUPERSEDED)
+"""What takes a rollout back that is paused before its version had traffic: nothing is judged."""
 
 TRANSITIONS: Final[Mapping[tuple[State, Event], State | None]] = {
     (State.PENDING, Event.START): State.PREPARING,
@@ -129,19 +131,41 @@ TRANSITIONS: Final[Mapping[tuple[State, Event], State | None]] = {
     (State.ROLLBACK_FAILED, Event.DRAINED): State.ROLLED_BACK,
     (State.ROLLBACK_FAILED, Event.ROLLBACK): State.ROLLING_BACK,
 }
-"""Every legal move; what is not here changes nothing. None: back to where it was paused."""
+"""Every legal move; what is not here changes nothing. None: back to where it was paused.
+
+`target_of` reads it: a paused rollout may end at once, too.
+"""
+
+
+def target_of(state: State, event: Event, stage: State) -> State:
+    """Where a legal event leads; `stage` is the state, or the one that was paused.
+
+    A paused rollout is taken back as its stage would be: before there was traffic, at once.
+    """
+    if event in _TAKEN_BACK_BY and stage in _UNSEEN:
+        return State.ROLLED_BACK
+    return TRANSITIONS[state, event] or stage
 
 
 def mermaid() -> str:
     """The table as a Mermaid state diagram: one arrow a pair of states, events in table order."""
     arrows: dict[tuple[State, State], list[str]] = {}
     for (state, event), target in TRANSITIONS.items():
-        for end in (target,) if target is not None else _resumed_by(event):
+        for end in _ends(state, event, target):
             arrows.setdefault((state, end), []).append(event.value)
     lines = ["stateDiagram-v2", f"    [*] --> {State.PENDING}"]
     lines += [f"    {a} --> {b}: {', '.join(events)}" for (a, b), events in arrows.items()]
     lines += [f"    {state} --> [*]" for state in State if state in TERMINAL]
     return "\n".join(lines)
+
+
+def _ends(state: State, event: Event, target: State | None) -> tuple[State, ...]:
+    """Every state that an arrow leads to: of a paused rollout it may depend on its stage."""
+    if target is None:
+        return _resumed_by(event)
+    if state is State.PAUSED and event in _BY_OTHERS:
+        return target, State.ROLLED_BACK
+    return (target,)
 
 
 def _resumed_by(event: Event) -> tuple[State, ...]:

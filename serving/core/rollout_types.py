@@ -150,6 +150,7 @@ class Rollout:
     `stable` and `canary` are versions. `reason` and `actor` belong to the last transition;
     once it is rolled back, to the one that took it back.
     `verdicts` are of the last tick, and stay as they were once the new version is being taken back.
+    `changed_at` is when the last transition was.
     `entered_at` and `step_entered_at` are moved on by what does not count as holding: a pause, an
     arm that was away.
     `stable_lost_at` and `canary_lost_at` say since when an arm has had no ready replica.
@@ -168,6 +169,7 @@ class Rollout:
     spec: RolloutSpec
     salt: str
     created_at: float
+    changed_at: float
     entered_at: float
     step_entered_at: float
     epochs: tuple[Epoch, ...]
@@ -271,6 +273,8 @@ class Rollout:
     def from_dict(cls, raw: Mapping[str, Any]) -> Rollout:
         """Read `to_dict`'s form, as our own controller writes it: a malformed one is a bug."""
         kept = {name: value for name, value in raw.items() if name not in _DERIVED}
+        # Rows of earlier versions only have the time that moves.
+        kept.setdefault("changed_at", raw["entered_at"])
         return cls(
             **{
                 **kept,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Final
 
 from serving.core.cost_trigger import cost
@@ -28,7 +29,7 @@ from serving.core.evidence import (
 from serving.core.gpu_triggers import gpu_health, gpu_memory_headroom, oom
 from serving.core.hard_triggers import breaker, crash_loop, provider, slo_burn
 from serving.core.one_arm import BASELINE, Event, Tolerance, Watch, parts, spent
-from serving.core.rollout_baseline import MIN_ANSWERS, stable_so_far
+from serving.core.rollout_baseline import MIN_ANSWERS, latency_bounds, stable_so_far
 from serving.core.rollout_counts import (
     LATENCY_BOUNDS,
     NOTHING,
@@ -98,10 +99,7 @@ def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     ]
     frozen = [e.latency_bounds for e in rollout.epochs if e.latency_bounds]
     if not frozen:
-        n = stable_so_far(snapshot.counts).latency.total
-        if n >= MIN_ANSWERS:
-            return hold(trigger, "judged from the first step on, which sets its bounds: holds")
-        return hold(trigger, f"waits for {MIN_ANSWERS} answers of stable to judge by, {n} so far")
+        return hold(trigger, _without_bounds(trigger, stable_so_far(snapshot.counts)))
     *compared, alone = frozen[-1]
     facts = "; ".join(
         f"longer than {milliseconds(LATENCY_BOUNDS[bound])} took "
@@ -112,6 +110,20 @@ def _latency(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
     watch = _watch(trigger, rollout, snapshot, lambda row: row.slow(alone))
     beyond = f"longer than {milliseconds(LATENCY_BOUNDS[alone])} took "
     return judge(trigger, rollout.spec.analysis, _with_bake(found, watch, beyond))
+
+
+def _without_bounds(trigger: Trigger, stable: ArmCountsRow) -> str:
+    """Why latency has no bounds yet, or cannot have any."""
+    if stable.latency.total < MIN_ANSWERS:
+        n = stable.latency.total
+        return f"waits for {MIN_ANSWERS} answers of stable to judge by, {n} so far"
+    if latency_bounds(stable, trigger.floor_s) is None:
+        return (
+            "stable is too slow to judge by, its 99th percentile is "
+            f"{stable.latency.quantile(0.99):.3g} s: a bound would lie beyond "
+            f"{LATENCY_BOUNDS[-1]:.0f} s, where latencies are no longer told apart: holds"
+        )
+    return "judged from the first step on, which sets its bounds: holds"
 
 
 def _labels(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
@@ -167,24 +179,34 @@ def _drift(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
 
 
 def _disagreement(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
-    """Shadow pairs whose answers differ, against a bound."""
+    """Shadow pairs whose answers differ, against a bound.
+
+    Where answers are not compared, only those that the canary failed are known: no evidence that
+    it agrees.
+    """
     shadow = rollout.spec.shadow
+    compared = shadow is None or shadow.compare.kind != "none"
     n = sum(c.pairs for c in snapshot.counts.values())
-    if not n and (shadow is None or shadow.compare.kind == "none"):
+    if not n and (shadow is None or not compared):
         return hold(trigger, "the plan compares no shadow traffic: holds")
     k = sum(c.disagreements for c in snapshot.counts.values())
+    tolerated = f"(tolerated: {percent(trigger.q0)})"
+    facts = (
+        f"canary disagreed with stable in {out_of((n, k), 'shadow pairs')} {tolerated}"
+        if compared
+        else f"canary failed {out_of((n, k), 'copies')} {tolerated}, their answers are not compared"
+    )
     return judge(
         trigger,
         rollout.spec.analysis,
         Finding(
             log_e=log_e_bounded(k, n, trigger.q0, *DISAGREEING),
-            log_e_pass=log_e_bounded_pass(k, n, trigger.q0, *_AGREEING),
+            log_e_pass=log_e_bounded_pass(k, n, trigger.q0, *_AGREEING) if compared else -inf,
             canary=(n, k),
             stable=(0, 0),
             clusters=k,
-            units="shadow pairs",
-            facts=f"canary disagreed with stable in {out_of((n, k), 'shadow pairs')} "
-            f"(tolerated: {percent(trigger.q0)})",
+            units="shadow pairs" if compared else "copies",
+            facts=facts,
         ),
     )
 

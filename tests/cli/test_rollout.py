@@ -191,7 +191,6 @@ def test_list_and_history(cli: Cli) -> None:
     assert [line.split()[0] for line in (running, ended)] == ["digits:2", "digits:1"]
     assert "Step 2 (25 %) begins in" in running
     assert "controller: errors: canary failed" in ended
-    assert cli("rollout", "history", "other") == "other: no rollout yet\n"
 
 
 def test_explain_shows_verdicts_and_the_last_audit_entries(cli: Cli) -> None:
@@ -355,6 +354,11 @@ def test_what_is_not_there(idle: Cli) -> None:
         assert "no rollout 'nobody', and no model of this name is served; served: digits" in said
     said = idle.fails("rollout", "status", "digits")
     assert said == "error: model 'digits' is served, by version 1, and has had no rollout yet"
+    assert idle("rollout", "history", "digits") == "digits: no rollout yet\n"
+    for call in (["history", "digist"], ["history", "digist", "--json"], ["status", "digist"]):
+        said = idle.fails("rollout", *call)
+        assert "'digist'" in said
+        assert said.endswith("served: digits")
     gone = f"http://127.0.0.1:{free_port()}"
     for call in (["rollout", "status"], ["rollback", "m"], ["audit"], ["audit", "verify"]):
         assert f"no controller answers at {gone}" in idle.fails(*call, "--url", gone)

@@ -17,6 +17,7 @@ from serving.cli.rollout_render import (
     rollouts_table,
     status_view,
 )
+from serving.cli.rollout_watch import Changes, Sight
 from serving.core.detect import Detection
 from serving.core.rollout_spec import Assignment, RolloutSpec, Webhook, default_plan
 from serving.core.rollout_states import State
@@ -307,3 +308,27 @@ def test_a_dry_run_says_so() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert words.duration(seconds) == text
+
+
+def test_watch_tells_each_change_at_its_own_time_and_for_its_own_reason() -> None:
+    story, changes = Story().until("observing"), Changes()
+
+    def told() -> str:
+        (line,) = (c for c in changes(Sight(story.to_dict(), [])) if " to version 2" in c)
+        return line
+
+    step = "digits: observing, step 1 of 3, 5 % to version 2"
+    begun, why = words.moment(story.now), story.rollout.reason
+    assert told() == f"{begun} {step} ({why})"
+    story.pass_time(1, canary_ready=0)
+    away = told()
+    assert not away.startswith(begun), "the step began before"
+    assert "0 % to version 2 (On hold: version 2 has no ready replica." in away
+    story.pass_time(1, canary_ready=2)
+    assert "5 % to version 2 (Step 2 (25 %) begins in" in told()
+    story.say("pause", reason="lunch")
+    assert told().startswith(f"{words.moment(story.now)} digits: paused")
+    story.pass_time(60).say("resume", reason="back")
+    assert told() == f"{words.moment(story.now)} {step} (back)"
+    headline = printed(status_view(story.to_dict(), story.now + 2)).splitlines()[0]
+    assert headline.endswith(f"since {words.moment(story.now)} (2 s)")

@@ -72,6 +72,7 @@ def test_a_rollout_from_start_to_end(world: RolloutWorld) -> None:
         assert weight(controller) == 0.0
         await world.until(controller, "rolled_back")
         assert (await client.get("/v1/rollouts?active=true")).json() == {"rollouts": []}
+        assert (await client.get("/v1/rollouts?model=m&active=true")).json() == {"rollouts": []}
         ended = (await client.get("/v1/rollouts/m")).json()
         assert ended["arms"]["canary"]["requests"] >= canary["requests"]
         assert (ended["actor"], ended["reason"]) == ("alice", "a test"), "who took it back"

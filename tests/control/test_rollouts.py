@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from serving.control.totals import MAX_INSTANCES
+from serving.core.rollout_counts import recent
 from serving.core.rollout_types import ProviderState, Rollout
 from serving.core.types import Signature, TensorSpec
 from serving.errors import ConfigError, ConflictError, NotFound, RegistryError, StoreError
@@ -201,6 +202,33 @@ def test_commands_are_obeyed_and_audited(world: RolloutWorld) -> None:
     run(scenario())
 
 
+def test_an_epoch_that_no_transition_began_is_audited_with_its_own_reason(
+    world: RolloutWorld,
+) -> None:
+    async def scenario() -> None:
+        controller = await world.serving()
+        long = {"steps": [{"weight": 20, "hold": 30}], "bake": {"duration": 600}}
+        await world.change(controller, "2", rollout={**QUICK, **long})
+        await world.until(controller, "observing")
+        await world.seconds(controller, 10)
+        world.cluster.silent.add("2")
+        await world.seconds(controller, 12)
+        world.cluster.silent.discard("2")
+        await world.until(controller, "baking")
+        await world.seconds(controller, 310)
+        found = [
+            (a.body["weight"], a.body["reason"]) for a in world.store.audit() if a.action == "epoch"
+        ]
+        assert found == [
+            (0.2, "latency bounds were set from what version 1 answered"),
+            (0.0, "version 2 has no ready replica"),
+            (0.2, "version 2 has a ready replica again"),
+            (1.0, "part 2 of the bake begins"),
+        ]
+
+    run(scenario())
+
+
 def test_of_two_operators_the_second_is_told_what_the_first_did(world: RolloutWorld) -> None:
     async def scenario() -> None:
         controller = await world.observing()
@@ -258,6 +286,31 @@ def test_the_same_target_again_changes_nothing(world: RolloutWorld) -> None:
         assert controller.rollouts.records == (before,)
         await world.until(controller, "succeeded")
         assert len(world.store.rollouts()) == 1
+
+    run(scenario())
+
+
+def test_an_apply_of_another_plan_says_that_the_running_one_keeps_its_own(
+    world: RolloutWorld,
+) -> None:
+    async def scenario() -> None:
+        controller = await world.observing()
+        other = {**QUICK, "steps": [{"weight": 10, "hold": 3}]}
+        plan = await world.change(controller, "2", rollout=other, replicas=2)
+        (row,) = (c for c in plan["changes"] if c["version"] == "2")
+        assert row["reason"].endswith(
+            "; rollout m:1 keeps the plan that it began with; to change it: "
+            "serving rollout abort m, then serving rollout start m --to 2"
+        )
+        record = await controller.rollouts.find("m:1")
+        assert [step.weight for step in record.rollout.spec.steps] == [20, 50]
+        await tell(controller, "abort")
+        await world.until(controller, "rolled_back")
+        await controller.start_rollout("m", "2", None)
+        record = await controller.rollouts.find("m:2")
+        assert [step.weight for step in record.rollout.spec.steps] == [10]
+        plan = await world.change(controller, "2", rollout=other, replicas=2)
+        assert "keeps the plan" not in plan["changes"][-1]["reason"]
 
     run(scenario())
 
@@ -320,6 +373,9 @@ def test_a_model_that_is_removed_takes_its_rollout_along(world: RolloutWorld) ->
         await world.until(controller, "rolled_back", key="m:1")
         await world.seconds(controller, 3)
         assert world.cluster.phases == {}
+        assert await controller.readings.list_rollouts(model="m", active=True, limit=9) == []
+        with pytest.raises(NotFound, match="'x' is not served, and had no rollout; served: none"):
+            await controller.readings.list_rollouts(model="x", active=None, limit=9)
 
     run(scenario())
 
@@ -565,6 +621,23 @@ def test_evidence_is_the_same_after_a_restart(world: RolloutWorld) -> None:
         assert any(v.log_e for v in after.rollout.verdicts)
         assert again.totals.trials.counts("m:1") == controller.totals.trials.counts("m:1")
         assert after.history == before.history
+
+    run(scenario())
+
+
+def test_what_is_late_stays_so_after_the_clock_was_set_back(world: RolloutWorld) -> None:
+    async def scenario() -> None:
+        controller = await world.observing()
+        await world.seconds(controller, 4)
+        world.set_back = 600.0
+        for second in range(3):
+            seen = controller.rollouts.observer.sight(await controller.rollouts.find("m"))
+            history = seen.history
+            assert history[-1].at == seen.now
+            assert [s.at for s in history] == sorted(s.at for s in history)
+            of_late, ever = recent(history, 1.5).canary[0], history[-1].canary[0]
+            assert 0 < of_late < ever, f"{second} s after the clock was set back"
+            await world.second(controller)
 
     run(scenario())
 

@@ -16,6 +16,7 @@ from serving.core.rollout_types import Outcome, ProviderState, State, Verdict
 from serving.rollout_plans import parse_plan
 from tests.control.rollouts import rollout
 from tests.control.web_service import Reply, WebService, verdict
+from tests.core import rollouts
 
 FAILS = Verdict("errors", Outcome.FAIL, 8.0, 5.8, (10.0, 4.0), (90.0, 0.0), "4 of 10", "rollback")
 
@@ -163,6 +164,23 @@ def test_a_transition_is_told_once() -> None:
     ]
     assert notices(before, after, revision=4, now=1099.0)[0].key == told[0].key
     assert notices(after, after, revision=4, now=1061.0) == []
+
+
+def test_a_transition_that_is_told_again_has_its_key_whatever_clocks_were_moved() -> None:
+    w = rollouts.world().to(State.OBSERVING)
+    (told,) = notices(None, w.rollout, revision=3, now=w.now)
+    entered = w.rollout.entered_at
+    w.canary_ready = 0
+    w.tick()
+    w.tick(30)
+    w.canary_ready = 2
+    assert w.tick().entered_at > entered
+    (again,) = notices(None, w.rollout, revision=9, now=w.now)
+    assert again.key == told.key
+    w.say("pause")
+    w.tick(30)
+    (resumed,) = notices(None, w.say("resume"), revision=9, now=w.now)
+    assert resumed.key != told.key
 
 
 def test_the_next_step_is_a_transition_and_a_start_too() -> None:

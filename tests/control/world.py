@@ -215,6 +215,8 @@ class World:
     resolver: FakeResolver = field(default_factory=FakeResolver)
     providers: FakeProviders = field(default_factory=lambda: FakeProviders())
     monotonic: float = 0.0
+    set_back: float = 0.0
+    """By how much somebody has set the wall clock back."""
     tenants: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -237,7 +239,7 @@ class World:
             store=wrap(self.store, "store"),
             cluster=wrap(self.cluster, "cluster"),
             resolver=self.resolver,
-            clock=Clock(lambda: self.monotonic, lambda: 1000.0 + self.monotonic),
+            clock=Clock(lambda: self.monotonic, lambda: 1000.0 + self.monotonic - self.set_back),
             providers=lambda _: wrap(self.providers, "providers"),
         )
         await controller.load()

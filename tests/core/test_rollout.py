@@ -354,6 +354,18 @@ def test_data_of_an_earlier_step_is_none_of_this_one() -> None:
     assert "version 2 has answered 0 of the 50 requests" in w.next
 
 
+def test_what_the_canary_answered_for_a_lost_stable_is_none_of_a_steps_requests() -> None:
+    w = world(rate=1).to(State.OBSERVING)
+    w.stable_ready = 0
+    w.tick()
+    w.tick(500)
+    w.stable_ready = 1
+    w.tick(60)
+    w.tick(60)
+    assert (w.rollout.state, w.rollout.step) == (State.OBSERVING, 0)
+    assert "version 2 has answered 3 of the 50 requests that this step needs" in w.next
+
+
 # Pauses.
 
 

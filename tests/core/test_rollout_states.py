@@ -55,6 +55,12 @@ def test_a_rollout_comes_back_from_the_store_as_it_was(state: State) -> None:
     assert stored(in_state(state)) == in_state(state)
 
 
+def test_a_row_of_an_earlier_version_has_only_the_time_that_moves() -> None:
+    earlier = in_state(State.BAKING).to_dict()
+    del earlier["changed_at"]
+    assert Rollout.from_dict(earlier).changed_at == START
+
+
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_refused_command_names_those_that_are_possible(state: State, name: str) -> None:
@@ -86,6 +92,15 @@ def test_a_pause_leads_back_to_where_it_was() -> None:
         assert paused.weight == in_state(state).weight
         resumed = transition(paused, Event.RESUME, now=START + 9, reason="go")
         assert (resumed.state, resumed.resume_to) == (state, None)
+
+
+@pytest.mark.parametrize("event", [Event.ABORT, Event.ROLLBACK, Event.SUPERSEDED])
+@pytest.mark.parametrize("stage", PAUSABLE)
+def test_a_paused_rollout_is_taken_back_as_it_would_be_unpaused(stage: State, event: Event) -> None:
+    paused = transition(in_state(stage), Event.PAUSE, now=START + 5, reason="wait")
+    unpaused = transition(in_state(stage), event, now=START + 9, reason="no")
+    after = transition(paused, event, now=START + 9, reason="no")
+    assert (after.state, after.finished_at) == (unpaused.state, unpaused.finished_at)
 
 
 @pytest.mark.parametrize("stage", [State.PENDING, State.PREPARING, State.BAKING])

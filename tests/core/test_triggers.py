@@ -31,6 +31,7 @@ from serving.core.rollout_spec import (
     TRIGGER_KINDS,
     Analysis,
     Assignment,
+    Compare,
     Feedback,
     RolloutSpec,
     Shadow,
@@ -68,6 +69,7 @@ def rollout(*epochs: Epoch, kinds: tuple[str, ...] = ("errors",), **changes: Any
             "spec": spec,
             "salt": "salt",
             "created_at": 0.0,
+            "changed_at": 0.0,
             "entered_at": 0.0,
             "step_entered_at": 0.0,
             "epochs": epochs or (Epoch(1, 0, 0.05),),
@@ -283,6 +285,15 @@ def test_latency_waits_for_bounds() -> None:
     )
 
 
+def test_latency_says_that_a_stable_is_too_slow_to_judge_by() -> None:
+    verdict = judged(epoch(failures(100, 0), answers([35.0] * 900)), "latency")
+    assert verdict.verdict is Outcome.HOLD
+    assert verdict.sentence == (
+        "latency: stable is too slow to judge by, its 99th percentile is 35.2 s: a bound would lie "
+        "beyond 60 s, where latencies are no longer told apart: holds"
+    )
+
+
 @pytest.mark.parametrize(
     ("pairs", "disagreements", "outcome"),
     [(100, 9, "hold"), (200, 30, "fail"), (2000, 5, "pass"), (0, 0, "hold"), (40, 40, "hold")],
@@ -291,6 +302,20 @@ def test_disagreement_is_judged_by_a_bound(pairs: int, disagreements: int, outco
     verdict = judged(EpochCounts(pairs=pairs, disagreements=disagreements), "disagreement")
     assert verdict.verdict.value == outcome
     assert verdict.canary == (pairs, disagreements)
+
+
+@pytest.mark.parametrize(("failed", "outcome"), [(0, "hold"), (400, "fail")])
+def test_copies_that_are_not_compared_fail_a_version_and_never_pass_it(
+    failed: int, outcome: str
+) -> None:
+    trial = rollout(kinds=("disagreement",))
+    copying = replace(trial.spec, shadow=Shadow(compare=Compare("none")))
+    counts = EpochCounts(pairs=2000, disagreements=failed)
+    verdict = only(evaluate(replace(trial, spec=copying), snapshot({1: counts})))
+    assert verdict.verdict.value == outcome
+    assert f"canary failed {failed} of 2000 copies" in verdict.sentence
+    assert "their answers are not compared" in verdict.sentence
+    assert "disagreed" not in verdict.sentence
 
 
 def predictions(**counts: int) -> ArmCountsRow:
