@@ -23,7 +23,8 @@ from benchmarks.machine import ROOT
 from models.processes import session
 from serving.config import load_config
 
-SERVING = str(Path(sys.executable).with_name("serving"))
+# Not the script: where packages came with `pip --target`, it lies anywhere or nowhere.
+SERVING = (sys.executable, "-m", "serving")
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 90.0
 
@@ -61,7 +62,7 @@ def gateway(config: Path, home: Path, registered: Mapping[str, Path]) -> System:
     return System(
         "gateway",
         "this gateway: one gateway replica, one model replica",
-        [SERVING, "up", "-f", str(config)],
+        [*SERVING, "up", "-f", str(config)],
         infer_url(config, model),
         ("ServeReplica:gateway:", "ServeReplica:model-"),
         environment,
@@ -76,7 +77,7 @@ def infer_url(config: Path, model: str) -> str:
 def serving(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run one `serving` command to its end. Raises `BenchmarkError` where it fails."""
     done = subprocess.run(
-        [SERVING, *arguments],
+        [*SERVING, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
