@@ -92,15 +92,20 @@ def serving(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def started(system: System, check: Callable[[], None]) -> Iterator[Running]:
+def started(
+    system: System, check: Callable[[], None], log: Path | None = None
+) -> Iterator[Running]:
     """Start `system`, wait until `check` passes, stop it at the end.
 
+    What it prints goes into the file `log` (a temporary one by default), which stays if this fails.
     `check` raises `OSError` while the system does not answer yet. Raises `BenchmarkError` where the
     system dies, never answers, answers wrongly, or leaves a process behind.
     """
-    handle, name = tempfile.mkstemp(prefix=f"bench-{system.name}-", suffix=".log")
-    log = Path(name)
-    with os.fdopen(handle, "wb") as sink:
+    if log is None:
+        handle, name = tempfile.mkstemp(prefix=f"bench-{system.name}-", suffix=".log")
+        os.close(handle)
+        log = Path(name)
+    with log.open("wb") as sink:
         # A session of its own: Ctrl-C reaches the benchmark, which then stops the system in order.
         process = subprocess.Popen(
             list(system.command),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from models.zoo import catalogue
-from models.zoo.transformer import VOCABULARY, WIDTH
+from models.zoo.sizes import VOCABULARY, WIDTH
 from serving.artifacts import EXPORT_PLATFORM, ONNX_PLATFORM
 from serving.core.types import Batch, Signature, TensorSpec
 
