@@ -141,7 +141,7 @@ def test_a_failure_before_any_figure_leaves_an_earlier_result(tmp_path: Path) ->
 
 @pytest.fixture
 def served_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models and bare loops are canned. ResNet-50's gateway dies at once; the transformer's is a stub."""
+    """Bare loops are canned. ResNet-50's gateway dies at once; the transformer's is a stub."""
     (tmp_path / "server.py").write_text(SERVER)
     port = free_port()
     commands = {
