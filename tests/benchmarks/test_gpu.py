@@ -37,12 +37,19 @@ def test_it_refuses_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_all_that_is_absent_is_named_at_once_by_an_interpreter_without_packages() -> None:
-    # -I: neither PYTHONPATH nor the environment's packages.
-    code = f"import sys; sys.path.append({str(ROOT)!r}); from benchmarks.gpu.__main__ import main"
-    bare = Path(sys.executable).resolve()
+@pytest.mark.parametrize(
+    ("code", "more"),
+    [
+        ("from benchmarks.gpu.__main__ import main; sys.exit(main([]))", "psutil"),
+        ("import tests", "pytest-timeout"),
+    ],
+    ids=["benchmark", "tests"],
+)
+def test_all_packages_that_are_absent_are_named_at_once(code: str, more: str) -> None:
+    # -I -S: neither PYTHONPATH nor the environment's packages.
+    bare_python = [Path(sys.executable).resolve(), "-I", "-S", "-c"]
     done = subprocess.run(
-        [bare, "-I", "-S", "-c", f"{code}; sys.exit(main([]))"],
+        [*bare_python, f"import sys; sys.path.append({str(ROOT)!r}); {code}"],
         capture_output=True,
         text=True,
         check=False,
@@ -50,8 +57,8 @@ def test_all_that_is_absent_is_named_at_once_by_an_interpreter_without_packages(
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    for name in ("ray", "torch", "onnxruntime-gpu", "psutil", "onnx"):
-        assert re.search(rf"[ ,]{name}[,;]", line)
+    for name in ("ray", "torch", "onnxruntime-gpu", "onnx", more):
+        assert re.search(rf"[ ,]{name}([,;]|$)", line), line
 
 
 def test_a_runtime_without_cuda_is_named_where_there_is_a_gpu(
