@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +36,26 @@ def test_it_refuses_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         "bench: cannot run here: there is no CUDA GPU: no NVIDIA driver is installed here "
         "(libcuda.so.1 was not found)\n"
     )
+
+
+@pytest.mark.skipif(missing_cuda() is None, reason="there is a GPU here")
+def test_tests_that_require_a_gpu_say_once_that_there_is_none() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/gpu"],
+        cwd=ROOT,
+        env={**os.environ, "SERVING_TEST_GPU_REQUIRED": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 4
+    assert done.stderr == (
+        "ERROR: SERVING_TEST_GPU_REQUIRED is set, and the tests cannot run here: there is no CUDA "
+        "GPU: no NVIDIA driver is installed here (libcuda.so.1 was not found)\n\n"
+    )
+    assert "passed" not in done.stdout
+    assert "skipped" not in done.stdout
 
 
 @pytest.mark.parametrize(
