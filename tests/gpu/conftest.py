@@ -67,7 +67,7 @@ def tell(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def child(tell: Tell) -> Child:
-    """Runs a script of tests/gpu in a process of its own; gives, and tells, the JSON that it prints.
+    """Runs a script of tests/gpu in a process of its own; gives and tells the JSON it prints.
 
     A CUDA context is per process, and so are its memory, its limits, and its end.
     """
