@@ -23,7 +23,8 @@ from benchmarks.machine import ROOT
 from models.processes import session
 from serving.config import load_config
 
-SERVING = str(Path(sys.executable).with_name("serving"))
+# Not the script: where packages came with `pip --target`, it lies anywhere or nowhere.
+SERVING = (sys.executable, "-m", "serving")
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 90.0
 
@@ -61,7 +62,7 @@ def gateway(config: Path, home: Path, registered: Mapping[str, Path]) -> System:
     return System(
         "gateway",
         "this gateway: one gateway replica, one model replica",
-        [SERVING, "up", "-f", str(config)],
+        [*SERVING, "up", "-f", str(config)],
         infer_url(config, model),
         ("ServeReplica:gateway:", "ServeReplica:model-"),
         environment,
@@ -76,7 +77,7 @@ def infer_url(config: Path, model: str) -> str:
 def serving(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run one `serving` command to its end. Raises `BenchmarkError` where it fails."""
     done = subprocess.run(
-        [SERVING, *arguments],
+        [*SERVING, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -91,15 +92,20 @@ def serving(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def started(system: System, check: Callable[[], None]) -> Iterator[Running]:
+def started(
+    system: System, check: Callable[[], None], log: Path | None = None
+) -> Iterator[Running]:
     """Start `system`, wait until `check` passes, stop it at the end.
 
+    What it prints goes into the file `log` (a temporary one by default), which stays if this fails.
     `check` raises `OSError` while the system does not answer yet. Raises `BenchmarkError` where the
     system dies, never answers, answers wrongly, or leaves a process behind.
     """
-    handle, name = tempfile.mkstemp(prefix=f"bench-{system.name}-", suffix=".log")
-    log = Path(name)
-    with os.fdopen(handle, "wb") as sink:
+    if log is None:
+        handle, name = tempfile.mkstemp(prefix=f"bench-{system.name}-", suffix=".log")
+        os.close(handle)
+        log = Path(name)
+    with log.open("wb") as sink:
         # A session of its own: Ctrl-C reaches the benchmark, which then stops the system in order.
         process = subprocess.Popen(
             list(system.command),

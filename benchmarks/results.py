@@ -81,25 +81,48 @@ def targets_table(targets: Sequence[Target]) -> str:
     return table(["target", "measured", "asked", ""], (target.row() for target in targets))
 
 
-def write(name: str, body: Mapping[str, Any], targets: Sequence[Target], text: str) -> Path:
-    """Write `<date>-<cpu>-<name>.json` and the same as Markdown; returns the JSON file's path."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    described = machine.describe()
-    document = {
-        "benchmark": name,
-        "date": today,
-        "machine": described,
-        **body,
-        "targets": [{**asdict(target), "met": target.met} for target in targets],
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{today}-{machine.cpu_slug()}-{name}.json"
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    heading = (
-        f"# {name}: {today}\n\n{described['cpu']}, {described['cores']} cores, kernel "
-        f"{described['kernel']}, Python {described['python']}, {described['wrk']}, "
-        f"commit {described['commit']}.\n"
-        f"Command: `{described['command']}`.\n\n"
+def path(name: str, directory: Path) -> Path:
+    """Where the result of benchmark `name` lies in `directory`: `<date>-<cpu>-<name>.json`."""
+    return directory / f"{_today()}-{machine.cpu_slug()}-{name}.json"
+
+
+def document(name: str, described: Mapping[str, object], body: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as JSON holds it; `described` is what `machine.describe` gave."""
+    return {"benchmark": name, "date": _today(), "machine": described, **body}
+
+
+def targets_json(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Targets as a result's JSON holds them."""
+    return [{**asdict(target), "met": target.met} for target in targets]
+
+
+def save(file: Path, found: Mapping[str, Any]) -> None:
+    """Write a result as JSON: whoever is killed meanwhile leaves what was there before, whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".json.new")
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(file)
+
+
+def markdown(found: Mapping[str, Any], text: str) -> str:
+    """`text` below a heading that says what the result was measured on."""
+    on = found["machine"]
+    return (
+        f"# {found['benchmark']}: {found['date']}\n\n{on['cpu']}, {on['cores']} cores, kernel "
+        f"{on['kernel']}, Python {on['python']}, {on['wrk']}, commit {on['commit']}.\n"
+        f"Command: `{on['command']}`.\n\n{text}\n"
     )
-    path.with_suffix(".md").write_text(heading + text + "\n", encoding="utf-8")
-    return path
+
+
+def write(name: str, body: Mapping[str, Any], targets: Sequence[Target], text: str) -> Path:
+    """Write a result into `RESULTS` as JSON and as Markdown; returns the JSON file's path."""
+    body = {**body, "targets": targets_json(targets)}
+    found, file = document(name, machine.describe(), body), path(name, RESULTS)
+    save(file, found)
+    file.with_suffix(".md").write_text(markdown(found, text), encoding="utf-8")
+    return file
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -15,13 +15,14 @@ _DPI = 90
 
 
 def draw(title: str, figures: Mapping[str, Any], path: Path) -> None:
-    """`figures`: "bare" by batch size and "gateway" by connections, as the benchmark has them."""
+    """`figures`: "bare" by batch size and "gateway" by connections, which may be empty."""
     bare, served = figures["bare"], figures["gateway"]
     figure, (batches, curve) = plt.subplots(1, 2, figsize=(11, 4))
     sizes = sorted(bare)
     batches.plot(sizes, [bare[n]["rows_per_s"] for n in sizes], "o-", label="bare loop")
-    best = max(each["rows_per_s"] for each in served.values())
-    batches.axhline(best, color="C1", linestyle="--", label="gateway, its best")
+    if served:
+        best = max(each["rows_per_s"] for each in served.values())
+        batches.axhline(best, color="C1", linestyle="--", label="gateway, its best")
     batches.set_xscale("log", base=2)
     batches.set_xticks(sizes, [str(n) for n in sizes])
     batches.set_xlabel("rows in a run")

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from models.zoo.transformer import VOCABULARY, WIDTH
+from models.zoo.sizes import VOCABULARY, WIDTH
 from serving.artifacts import EXPORT_PLATFORM, ONNX_PLATFORM
 from serving.core.types import Batch, Signature, TensorSpec
 from serving.replica.backends.base import Backend, RuntimeOptions, load_model

@@ -120,7 +120,7 @@ def site(
     system = deployments.System(
         "rollouts",
         f"{gateways} gateway(s), one replica a version",
-        [deployments.SERVING, "up", "-f", str(file)],
+        [*deployments.SERVING, "up", "-f", str(file)],
         f"http://127.0.0.1:{PORT}/v2/health/ready",
         environment=environment,
     )

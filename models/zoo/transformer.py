@@ -9,9 +9,8 @@ from typing import Final
 import torch
 from torch import nn
 
-VOCABULARY: Final = 8192
-MAX_TOKENS: Final = 512
-WIDTH: Final = 256
+from models.zoo.sizes import MAX_TOKENS, VOCABULARY, WIDTH
+
 _LAYERS: Final = 6
 _HEADS: Final = 8
 _SEED: Final = 13

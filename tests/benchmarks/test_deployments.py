@@ -1,6 +1,8 @@
 """A peer is started, checked and stopped for real: the bare ASGI app."""
 
+import os
 import signal
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from benchmarks import deployments, models, processes
 from benchmarks.deployments import System
 from benchmarks.errors import BenchmarkError
+from benchmarks.machine import ROOT
 from models.processes import session
 from models.zoo import catalogue as zoo
 from serving.cli.preflight import free_port
@@ -90,6 +93,24 @@ def test_a_system_that_ends_at_once_is_reported_with_its_words(model: Path):
         deployments.started(system, check),
     ):
         pytest.fail("it was measured though it never ran")
+
+
+def test_the_serving_command_needs_no_script_beside_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As where packages came with `pip --target`."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *site.getsitepackages()]))
+    bare_interpreter = tmp_path / "bin" / "python"
+    bare_interpreter.parent.mkdir()
+    bare_interpreter.symlink_to(Path(sys.executable).resolve())
+    asked = [
+        "-c",
+        "from benchmarks import deployments; deployments.serving(['--help'], {}); print('ok')",
+    ]
+    done = subprocess.run(
+        [bare_interpreter, *asked], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == "ok\n", done.stderr
 
 
 def test_binary_requests_carry_json_then_raw_rows():

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results
+from benchmarks import machine, results
 from benchmarks.results import Target
 from benchmarks.run import _parse, _targets
 
@@ -50,6 +50,18 @@ def test_an_unknown_system_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         _parse(["--systems", "gateway,triton"])
     assert "triton: not in gateway, bare" in capsys.readouterr().err
+
+
+def test_a_machine_without_git_or_one_of_the_packages_is_described(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(machine, "_PACKAGES", ("ray", "no-such-package"))
+    monkeypatch.setattr("sys.argv", [str(results.ROOT / "benchmarks" / "run.py")])
+    found = machine.describe()
+    assert found["commit"] == "none"
+    assert found["packages"]["no-such-package"] is None
+    assert found["packages"]["ray"]
 
 
 def test_table_is_aligned_markdown():

@@ -1,4 +1,4 @@
-"""What needs a CUDA GPU. Without one all of it is skipped, or fails where a GPU is required."""
+"""What needs a CUDA GPU. Without one all of it is skipped, or refused where a GPU is required."""
 
 from __future__ import annotations
 
@@ -7,26 +7,41 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from benchmarks.gpu import preflight
 from serving.replica.backends.cuda import missing_cuda
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 REQUIRED: Final = "SERVING_TEST_GPU_REQUIRED"
 
 Child = Callable[..., dict[str, Any]]
+Tell = Callable[..., None]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where a GPU is required, say once what is absent, not once a test."""
+    wanted = any(item.get_closest_marker("gpu") for item in items)
+    # A worker of pytest-xdist cannot end the run: its tests fail one by one.
+    if not wanted or not os.environ.get(REQUIRED) or hasattr(config, "workerinput"):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        problem = preflight.problem()
+    if problem:
+        raise pytest.UsageError(f"{REQUIRED} is set, and the tests {problem}")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> None:
     if reason := missing_cuda():
-        if os.environ.get(REQUIRED):
-            pytest.fail(f"{REQUIRED} is set, and there is no GPU to test on: {reason}")
-        pytest.skip(f"needs a GPU: {reason}")
+        (pytest.fail if os.environ.get(REQUIRED) else pytest.skip)(f"needs a GPU: {reason}")
 
 
 @pytest.fixture
@@ -37,23 +52,38 @@ def run_dir() -> Iterator[Path]:
 
 
 @pytest.fixture
-def child() -> Child:
-    """Runs a script of tests/gpu in a process of its own; gives the JSON that it prints last.
+def tell(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Tell:
+    """Prints what a test measured, at once and whether it passes or not.
+
+    Time on a GPU is short: what was measured is to be there even if the run is cut off.
+    """
+
+    def show(**figures: object) -> None:
+        with capsys.disabled():
+            print(f"\n{request.node.name}: {json.dumps(figures, default=str)}", flush=True)
+
+    return show
+
+
+@pytest.fixture
+def child(tell: Tell) -> Child:
+    """Runs a script of tests/gpu in a process of its own; gives and tells the JSON it prints.
 
     A CUDA context is per process, and so are its memory, its limits, and its end.
     """
 
-    def run(script: str, *arguments: object, status: int = 0) -> dict[str, Any]:
+    def run(script: str, *arguments: object) -> dict[str, Any]:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", f"tests.gpu.{script}", *map(str, arguments)],
             cwd=ROOT,
             capture_output=True,
             text=True,
             check=False,
-            timeout=280,
+            timeout=200,
         )
-        assert done.returncode == status, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
         answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        tell(**answer)
         return answer
 
     return run

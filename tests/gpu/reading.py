@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import pynvml
 
 from serving.replica.backends import cuda
@@ -11,6 +14,8 @@ class Device:
     """How much the memory in use grew on the GPU that CUDA shows first, since this was made."""
 
     def __init__(self) -> None:
+        # What this process has dropped goes now, not while something else is measured.
+        gc.collect()
         pynvml.nvmlInit()
         bare = cuda.identity().bare_uuid
         prefix = "MIG-" if "MIG" in cuda.identity().name else "GPU-"
@@ -20,6 +25,11 @@ class Device:
     def grown_bytes(self) -> int:
         """Right as long as nobody else uses the GPU."""
         return self._used() - self._before
+
+    def knows_this_process(self) -> bool:
+        """Whether NVML sees it by its id, as in a container it may not; ask with a context open."""
+        found = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        return any(p.pid == os.getpid() and p.usedGpuMemory is not None for p in found)
 
     def _used(self) -> int:
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
