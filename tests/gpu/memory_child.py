@@ -41,6 +41,7 @@ def main(runtime: str, row_bytes: int, limit: int, rows: int) -> None:
                 "held_bytes": meter.held_bytes(),
                 "context_bytes": meter.context_bytes,
                 "nvml_bytes": gpu.grown_bytes(),
+                "nvml_knows_it": gpu.knows_this_process(),
             }
         )
     )

@@ -32,6 +32,7 @@ def main(name: str, limit: int) -> None:
                 "profile": profile.to_dict(),
                 "need_bytes": profile.need(64),
                 "nvml_bytes": gpu.grown_bytes(),
+                "nvml_knows_it": gpu.knows_this_process(),
                 "ceiling": engine.ceiling,
             }
         )

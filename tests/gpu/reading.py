@@ -21,14 +21,22 @@ class Device:
         prefix = "MIG-" if "MIG" in cuda.identity().name else "GPU-"
         self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"{prefix}{bare}")
         self._before = self._used()
+        # In a container another process may have this one's id for NVML.
+        self._mistaken = self._listed()
 
     def grown_bytes(self) -> int:
         """Right as long as nobody else uses the GPU."""
         return self._used() - self._before
 
     def knows_this_process(self) -> bool:
-        """Whether NVML sees it by its id, as in a container it may not; ask with a context open."""
-        found = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        """Whether NVML lists it since CUDA's context was opened, as in a container it may not."""
+        return not self._mistaken and self._listed()
+
+    def _listed(self) -> bool:
+        try:
+            found = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except pynvml.NVMLError:
+            return False
         return any(p.pid == os.getpid() and p.usedGpuMemory is not None for p in found)
 
     def _used(self) -> int:

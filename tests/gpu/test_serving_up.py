@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ def mlp(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def home(tmp_path: Path, mlp: Path) -> Path:
+def home(tmp_path: Path, mlp: Path) -> Iterator[Path]:
     home = tmp_path / "home"
     home.mkdir()
     register(home, ["mlp", mlp, "--alias", "champion"])
-    return home
+    yield home
+    # Shown where the test failed: the machine may be gone when somebody asks why.
+    if (log := home / "up.log").exists():
+        print(log.read_text(encoding="utf-8"))
 
 
 def test_an_onnx_replica_serves_from_the_gpu_that_its_lease_is_of(
