@@ -261,13 +261,6 @@ class Trial:
     def count_failure(self, call: Call) -> None:
         """Count a failed request; of a batch, and of a unit that sticks to its arm, the first."""
         tally, draw = self.tally(call.replica), call.draw
-        cluster = call.cluster or Cluster()
-        if self.arm == CANARY:
-            breaker = self.splitter.breaker
-            # Whose batch it was makes no difference to it. Requests that waited in vain are no
-            # batches, but reason enough to send no more.
-            if cluster.first(breaker) or not call.sent:
-                breaker.failed()
         if isinstance(draw, Unit):
             if not draw.fails(tally):
                 return
@@ -277,6 +270,13 @@ class Trial:
                 if unit.failed:
                     return
                 unit.failed, draw = True, unit
+        cluster = call.cluster or Cluster()
+        if self.arm == CANARY:
+            breaker = self.splitter.breaker
+            # One who tries again may bring an input that stable fails as well. Requests that waited
+            # in vain are no batches, but reason enough to send no more.
+            if cluster.first(breaker) or not call.sent:
+                breaker.failed()
         tally.failed += 1
         cluster.count_failure(self, tally, draw)
 
