@@ -265,11 +265,11 @@ class Trial:
             if not draw.fails(tally):
                 return
         else:
-            tally.requests += 1
             if draw is None and (unit := self.splitter.id_of(call)):
                 if unit.failed:
                     return
                 unit.failed, draw = True, unit
+            tally.requests += 1
         cluster = call.cluster or Cluster()
         if self.arm == CANARY:
             breaker = self.splitter.breaker
