@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -97,6 +98,8 @@ class Splitter:
             self._epoch, self._units = split.epoch, Units(self._salt)
         self._stable_trial = self._trial(split.epoch, STABLE)
         self._canary_trial = self._trial(split.epoch, CANARY)
+        bound = math.inf if split.latency_bound_s is None else split.latency_bound_s
+        self._stable_trial.latency_bound_s = self._canary_trial.latency_bound_s = bound
         # The breaker and the shield hear of what it has; the controller does not.
         self._uncounted = Trial(self, self.rollout, split.epoch, CANARY)
         self.memory.configure(split.feedback)

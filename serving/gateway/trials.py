@@ -4,7 +4,8 @@ Totals since the gateway's start, as all that it reports, so a lost report loses
 has one weight; a request belongs to the epoch in which it was assigned, however late its answer.
 
 A trial counts each way the evidence needs: requests and failed requests, batches and failed
-batches. What a client did wrong, or gave up, is in neither. Where units stick to their arm, users
+batches. What a client did wrong, or gave up, is in neither; but if it waited for longer than the
+epoch's latency bound, its answer is known to be slow. Where units stick to their arm, users
 say, a request is a unit: its first answer counts, and its first failure, by batch too. Latency is
 that of every request and every run. A batch is a run, or a draw where that
 is more: requests that were drawn together are one event, however many runs they come to, and a run
@@ -14,6 +15,7 @@ own and for a draw of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,12 +52,16 @@ class Counted:
 
 
 class Draw:
-    """Requests that chance sent to an arm together; `batch` is what they were counted as."""
+    """Requests that chance sent to an arm together; `batch` is what they were counted as.
 
-    __slots__ = ("batch",)
+    `given_up`: whether the latency of the batch is that of one whose client left.
+    """
+
+    __slots__ = ("batch", "given_up")
 
     def __init__(self) -> None:
         self.batch: Counted | None = None
+        self.given_up = False
 
 
 class Unit(Draw):
@@ -183,6 +189,7 @@ class Trial:
     __slots__ = (
         "arm",
         "epoch",
+        "latency_bound_s",
         "observer",
         "rollout",
         "splitter",
@@ -195,6 +202,7 @@ class Trial:
         self.epoch = epoch
         self.arm = arm
         self.observer: Observer | None = None
+        self.latency_bound_s = math.inf
         self.tallies: dict[str, Tally] = {}
 
     def tally(self, replica: str) -> Tally:
@@ -231,7 +239,7 @@ class Trial:
             self.observer.note(self, replica, batch, positions, answer)
 
     def _count_batch(self, tally: Tally, last: Call) -> bool:
-        """Count a run, of which `last` is the last request of this trial; whether it counts.
+        """Count a run, of which `last` is this trial's last request; whether its latency counts.
 
         Requests leave in the order of arrival, so if a run has any of a draw that no other run has
         counted, it ends with one.
@@ -243,7 +251,28 @@ class Trial:
         if draw is not None and (cluster is None or draw.__class__ is not Unit):
             # What others of a cluster make of its batch is not on a unit's account.
             draw.batch = batch
-        return batch is not None
+        if cluster is not None and not cluster.first(tally.batch_latency):
+            return False
+        return batch is not None and (draw is None or not draw.given_up)
+
+    def given_up(self, call: Call, seconds: float) -> None:
+        """A client left after so long: where that is too long, its answer is a slow one.
+
+        As if it had been answered then: of a run, and of what was drawn together, one counts.
+        """
+        if seconds <= self.latency_bound_s:
+            return
+        call.arm.blame([call])
+        tally, draw = self.tally(call.replica), call.draw
+        tally.latency.extend([seconds])
+        tally.given_up += 1
+        if draw is not None and draw.__class__ is not Unit:
+            if draw.batch is not None or draw.given_up:
+                return
+            draw.given_up = True
+        if call.cluster is None or call.cluster.first(tally.batch_latency):
+            tally.batch_latency.extend([seconds])
+            tally.given_up_batches += 1
 
     def failed(self, call: Call, error: ServingError) -> bool:
         """A request of this arm failed: count it, and say whether stable answers it instead.

@@ -274,6 +274,16 @@ def test_users_who_stick_may_crowd_the_canary_without_making_it_slow() -> None:
     assert verdict.verdict is not Outcome.FAIL
 
 
+def test_a_canary_that_nobody_waits_for_is_slow() -> None:
+    """All of its clients gave up, so there is no other count of it."""
+    stable = answers(some_latencies(7000, 0.008))
+    late = answers([1.0] * 200)
+    hangs = ArmCountsRow(latency=late.latency, batch_latency=late.batch_latency, given_up=200)
+    at = Epoch(1, 0, 0.05, latency_bounds=latency_bounds(stable))
+    seen = snapshot({1: epoch(hangs, stable)})
+    assert only(evaluate(rollout(at, kinds=("latency",)), seen)).verdict is Outcome.FAIL
+
+
 def test_latency_waits_for_bounds() -> None:
     verdict = judged(epoch(failures(100, 0), failures(100, 0)), "latency")
     assert verdict.verdict is Outcome.HOLD
