@@ -79,9 +79,8 @@ class ArmCountsRow:
     Where units stick to their arm (users, ids that come again), `requests` counts each unit of the
     epoch once, `failed` those that the arm failed. `batches` and `failed_batches` are runs, or what
     was drawn together where that is more, that brought either. `latency` has one entry an answered
-    request, of units that are known too, `batch_latency` the slowest request of each batch. Both
-    have what clients waited for answers that were late when they gave up: `given_up` of the one,
-    `given_up_batches` of the other.
+    request, of units that are known too, `batch_latency` the slowest request of each batch. So many
+    of these, `given_up` and `given_up_batches`, are of clients that left after the latency bound.
     `labels` are late labels: (known, wrong). `busy_ns` is the device time of the runs behind the
     answers, padding left out.
     `shielded`, `overridden` and `diverted` are not part of `requests`' evidence: they only inform.
@@ -172,8 +171,7 @@ class ArmCountsRow:
         """Read `to_dict`'s form or a gateway's row; what is absent counts 0.
 
         Raises ValueError for a count that is not an integer ≥ 0, for more failures than there were
-        requests (batches, labels), for more given up than have a latency, and for a bucket that
-        does not exist.
+        requests (batches, labels; given up, latencies), and for a bucket that does not exist.
         """
         labels = _mapping(raw, "labels")
         row = cls(

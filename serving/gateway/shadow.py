@@ -10,7 +10,7 @@ import asyncio
 import importlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,12 +39,12 @@ _Outputs = Sequence[OutputTensor]
 
 
 class _Pairs:
-    """What was compared in one epoch."""
+    """What was compared in one epoch. `open`: copies of which nothing came yet."""
 
-    __slots__ = ("disagreements", "dropped", "pairs")
+    __slots__ = ("disagreements", "dropped", "open", "pairs")
 
     def __init__(self) -> None:
-        self.pairs = self.disagreements = self.dropped = 0
+        self.pairs = self.disagreements = self.dropped = self.open = 0
 
 
 class Shadow:
@@ -127,6 +127,7 @@ class Shadow:
             return
         self._copies += 1
         self._held += held
+        pairs.open += 1
         self._loop.call_soon(self._send, request, _Copy(self, pairs, outputs, held))
 
     def _has_room(self) -> bool:
@@ -177,6 +178,16 @@ class Shadow:
         """A copy holds nothing any more."""
         self._copies -= 1
         self._held -= copy.held
+
+    @property
+    def open(self) -> set[int]:
+        """Epochs with copies of which nothing came yet."""
+        return {epoch for epoch, pairs in self._pairs.items() if pairs.open}
+
+    def forget(self, epochs: Iterable[int]) -> None:
+        """Tell no more of epochs that are over."""
+        for epoch in epochs:
+            self._pairs.pop(epoch, None)
 
     def report(self) -> Iterator[dict[str, Any]]:
         """A row an epoch."""
@@ -242,10 +253,14 @@ class _Copy:
     def count(self, agreed: bool) -> None:
         self._pairs.pairs += 1
         self._pairs.disagreements += not agreed
-        self._shadow.gone(self)
+        self._gone()
 
     def drop(self) -> None:
         self._pairs.dropped += 1
+        self._gone()
+
+    def _gone(self) -> None:
+        self._pairs.open -= 1
         self._shadow.gone(self)
 
 
