@@ -115,20 +115,30 @@ class Shadow:
             call.sink = _Sampled(call.sink, self)
 
     def offer(self, request: InferRequest, answer: BatchAnswer, position: int) -> None:
-        """Copy a request that stable has answered, if there is room for it."""
-        pairs = self._epoch
-        if not self._has_room():
-            pairs.dropped += 1
-            return
+        """Copy a request that stable has answered, if there is room for it.
+
+        Raises nothing: its client has the answer, so whatever fails is no failure of stable's.
+        """
+        try:
+            copied = self._has_room() and self._offer(request, answer, position)
+        except Exception:
+            log.exception("rollout %s: a request could not be copied", self._rollout)
+            copied = False
+        if not copied:
+            self._epoch.dropped += 1
+
+    def _offer(self, request: InferRequest, answer: BatchAnswer, position: int) -> bool:
+        """Copy a request, unless all copies would hold too much then; whether it is copied."""
         outputs = _copy(answer.outputs(position))
         held = sum(map(len, request.inputs)) + _nbytes(outputs)
         if self._held + held > _MAX_HELD_BYTES:
-            pairs.dropped += 1
-            return
+            return False
+        copy = _Copy(self, self._epoch, outputs, held)
+        self._loop.call_soon(self._send, request, copy)
         self._copies += 1
         self._held += held
-        pairs.open += 1
-        self._loop.call_soon(self._send, request, _Copy(self, pairs, outputs, held))
+        self._epoch.open += 1
+        return True
 
     def _has_room(self) -> bool:
         return (
