@@ -81,7 +81,7 @@ class ArmCountsRow:
     was drawn together where that is more, that brought either. `latency` has one entry an answered
     request, of units that are known too, `batch_latency` the slowest request of each batch. So many
     of these, `given_up` and `given_up_batches`, are of clients that left after the latency bound.
-    `labels` are late labels: (known, wrong); `busy_ns` is the answers' device time, without padding.
+    `labels` are late labels: (known, wrong); `busy_ns` is the answers' device time, no padding.
     `shielded`, `overridden` and `diverted` are not part of `requests`' evidence: they only inform.
     """
 

@@ -40,10 +40,10 @@ class Splitter:
 
     __slots__ = (
         "_by_id", "_canary_trial", "_draws", "_elsewhere", "_epochs", "_falls_on_stable",
-        "_overrides", "_patience", "_plain", "_room", "_salt", "_shadowing", "_shield", "_spare",
+        "_overrides", "_patience", "_plain", "_room", "_salt", "_shadowing", "_spare",
         "_stable_trial", "_uncounted", "_unit", "_units", "_waiting", "_watch",
         "_weight", "arm", "breaker", "canary", "diverted", "headers", "memory", "overridden",
-        "recorder", "rollout", "shadow", "shielded", "stable", "sticks",
+        "recorder", "rollout", "shadow", "shield", "shielded", "stable", "sticks",
     )  # fmt: skip
 
     def __init__(
@@ -88,7 +88,7 @@ class Splitter:
         self.arm, self.recorder = stable.arm, stable.recorder
         self._weight = split.weight
         self._salt = split.salt.encode()
-        self._shield = split.shield
+        self.shield = split.shield
         self._overrides = [(n.encode(), v.encode(), arm) for n, v, arm in split.overrides]
         # What sticks to an arm; it gives None where a request is drawn by chance.
         self._unit = unit_finder(split.unit)
@@ -227,7 +227,7 @@ class Splitter:
         return canary.has_room_behind(ahead, call, self._canary_deadline(call))
 
     def _canary_deadline(self, call: Call) -> float:
-        if not self._shield:
+        if not self.shield:
             return call.deadline
         return call.arrival + _CANARY_SHARE * (call.deadline - call.arrival)
 
@@ -272,7 +272,7 @@ class Splitter:
         )
 
     def _give(self, call: Call) -> None:
-        if self._shield:
+        if self.shield:
             call.deadline, call.final_deadline = self._canary_deadline(call), call.deadline
         call.arm = self.canary
         self.canary.take(call)
@@ -290,7 +290,7 @@ class Splitter:
 
         With a `judge`, the failure is counted there only if stable does answer.
         """
-        if not self._shield:
+        if not self.shield:
             return False
         sink = call.sink if judge is None else _Judged(call, judge)
         return self._ask_stable(call, sink, call.final_deadline or call.deadline)

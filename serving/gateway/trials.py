@@ -4,13 +4,15 @@ Totals since the gateway's start, as all that it reports, so a lost report loses
 has one weight; a request belongs to the epoch in which it was assigned, however late its answer.
 
 A trial counts each way the evidence needs: requests and failed requests, batches and failed
-batches. What a client did wrong, or gave up, is in neither; but if it waited for longer than the
-epoch's latency bound, its answer is known to be slow. Where units stick to their arm, users
-say, a request is a unit: its first answer counts, and its first failure, by batch too. Latency is
-that of every request and every run. A batch is a run, or a draw where that
-is more: requests that were drawn together are one event, however many runs they come to, and a run
-is one, however many draws it is of. So each batch, and each that failed, stands for a run of its
-own and for a draw of its own.
+batches. What a client did wrong is in neither, if that is known: without a shield nobody says whose
+fault an input is that a model refuses, so it counts in both arms. What a client gave up is in
+neither, but if it waited for longer than the epoch's latency bound its answer is known to be slow.
+
+Where units stick to their arm, users say, a request is a unit: its first answer counts, and its
+first failure, by batch too. Latency is that of every request and every run. A batch is a run, or a
+draw where that is more: requests that were drawn together are one event, however many runs they
+come to, and a run is one, however many draws it is of. So each batch, and each that failed, stands
+for a run of its own and for a draw of its own.
 """
 
 from __future__ import annotations
@@ -278,17 +280,22 @@ class Trial:
         """A request of this arm failed: count it, and say whether stable answers it instead.
 
         An input that the canary's model refuses is the client's fault if stable refuses it too, so
-        that is counted once stable has answered; without a shield it is not asked.
+        that is counted once stable has answered. Without a shield stable is not asked: refused
+        inputs are counted in both arms.
         """
-        if not isinstance(error, Overloaded | InvalidRequest):
-            self.count_failure(call)
+        refused = isinstance(error, InvalidRequest)
+        if not isinstance(error, Overloaded) and not (refused and self.splitter.shield):
+            self.count_failure(call, doubtful=refused)
         if self.arm == STABLE or call.unseen:
             return False
-        judge = self if isinstance(error, InvalidRequest) else None
+        judge = self if refused else None
         return self.splitter.take_over(call, judge)
 
-    def count_failure(self, call: Call) -> None:
-        """Count a failed request; of a batch, and of a unit that sticks to its arm, the first."""
+    def count_failure(self, call: Call, *, doubtful: bool = False) -> None:
+        """Count a failed request; of a batch, and of a unit that sticks to its arm, the first.
+
+        One that is `doubtful`, as it may be the client's fault, is not the breaker's business.
+        """
         tally, draw = self.tally(call.replica), call.draw
         if isinstance(draw, Unit):
             if not draw.fails(tally):
@@ -300,7 +307,7 @@ class Trial:
                 unit.failed, draw = True, unit
             tally.requests += 1
         cluster = call.cluster or Cluster()
-        if self.arm == CANARY:
+        if self.arm == CANARY and not doubtful:
             breaker = self.splitter.breaker
             # One who tries again may bring an input that stable fails as well. Requests that waited
             # in vain are no batches, but reason enough to send no more.
