@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +37,41 @@ IfState = Annotated[
     ),
 ]
 
+
+def _duration(text: str) -> float:
+    """Seconds from "30", "90s", "1h30m". Raises `typer.BadParameter`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from serving.rollout_settings import Duration
+
+    number = text.replace(".", "", 1).isdigit()
+    try:
+        return TypeAdapter(Duration).validate_python(float(text) if number else text)
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r} {error.errors()[0]['msg']}") from None
+
+
+Until = Annotated[
+    list[State] | None,
+    typer.Option(
+        metavar="STATE",
+        help="End with 0 in this state, rather than when it has succeeded; may be repeated. One "
+        "that lasts less than half a second may be missed.",
+    ),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="DURATION",
+        parser=_duration,
+        help='End with 124 after so long: seconds, or "90s", "2m", "1h30m". For ever without it.',
+    ),
+]
+
 _EXPLAINED_ENTRIES: Final = 10
 _INTERRUPTED: Final = 130
+# As timeout(1) has it.
+_TIMED_OUT: Final = 124
 _COMMANDS: Final = {
     "pause": "Keep the weight as it is until `resume`; triggers still watch.",
     "resume": "Go on where it was paused.",
@@ -127,21 +161,41 @@ def status(
     show_view(status_view(found, time.time()))
 
 
-def watch(name: Name, file: ConfigFile = None, url: Url = None, as_json: AsJson = False) -> None:
+def watch(
+    name: Name,
+    until: Until = None,
+    timeout: Timeout = None,
+    file: ConfigFile = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
     """Follow a rollout to its end; exit 1 if the new version was taken back.
 
     On a terminal, a live view; else one line a change, or with --json one document a change.
     Ctrl-C ends the view, not the rollout.
+
+    Exit codes: 0, it succeeded, or is in a state of --until; 1, it ended in another; 124, neither
+    before --timeout.
     """
     from serving.cli.rollout_watch import follow
 
+    wanted = [state.value for state in until or (State.SUCCEEDED,)]
+    again = f"serving rollout watch {name} shows it again"
+    limit = math.inf if timeout is None else timeout
     try:
-        succeeded = follow(_admin(url, file), name, as_json=as_json)
+        last = follow(_admin(url, file), name, as_json=as_json, until=wanted, timeout_s=limit)
     except KeyboardInterrupt:
-        typer.echo(f"the rollout goes on; serving rollout watch {name} shows it again", err=True)
+        typer.echo(f"the rollout goes on; {again}", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    if not succeeded:
+    if last["state"] in wanted:
+        return
+    from serving.cli.rollout_text import ENDED
+
+    if last["state"] in ENDED:
         raise typer.Exit(1)
+    missed = f"{name}: not {' or '.join(wanted)} after {limit:g} s but {last['state']}"
+    typer.echo(f"error: {missed}, and goes on; {again}", err=True)
+    raise typer.Exit(_TIMED_OUT)
 
 
 def explain(name: Name, file: ConfigFile = None, url: Url = None, as_json: AsJson = False) -> None:

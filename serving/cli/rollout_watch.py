@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -31,18 +31,23 @@ class Sight:
     notice: str = ""
 
 
-def follow(admin: Admin, name: str, *, as_json: bool) -> bool:
-    """Show a rollout until it ends; whether it succeeded. Raises `OperatorError`."""
-    sights = look(admin, name)
+def follow(
+    admin: Admin, name: str, *, as_json: bool, until: Collection[str], timeout_s: float
+) -> dict[str, Any]:
+    """Show a rollout until it ends, is in a state of `until`, or `timeout_s` have passed.
+
+    Returns what it was like then. Raises `OperatorError`.
+    """
+    sights = look(admin, name, {*words.ENDED, *until}, timeout_s)
     if as_json or not sys.stdout.isatty():
-        last = _print_changes(sights, _document if as_json else None)
-    else:
-        last = _live(sights)
-    return bool(last["state"] == "succeeded")
+        return _print_changes(sights, _document if as_json else None)
+    return _live(sights)
 
 
-def look(admin: Admin, name: str) -> Iterator[Sight]:
-    """The rollout of a model, or of an id, again and again, until it has ended.
+def look(admin: Admin, name: str, ends: Collection[str], timeout_s: float) -> Iterator[Sight]:
+    """The rollout of a model, or of an id, again and again, until its state is one of `ends`.
+
+    For `timeout_s` at most, but once in any case.
 
     A controller that is away for a while is waited for, as it resumes by itself; then raises
     `ClusterError`.
@@ -50,10 +55,14 @@ def look(admin: Admin, name: str) -> Iterator[Sight]:
     # A later rollout of the same model is another one.
     rollout_id = admin.rollout(name)["id"]
     sight: Sight | None = None
-    patience = time.monotonic() + PATIENCE_S
-    while sight is None or sight.notice or sight.rollout["state"] not in words.ENDED:
+    began = time.monotonic()
+    patience = began + PATIENCE_S
+    while sight is None or sight.notice or sight.rollout["state"] not in ends:
         if sight is not None:
-            time.sleep(POLL_S)
+            left = began + timeout_s - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(POLL_S, left))
         try:
             rollout = admin.rollout(rollout_id)
             sight = Sight(rollout, admin.audit(subject=rollout_id, limit=_EVENTS))

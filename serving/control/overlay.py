@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from serving.control.records import Record
 from serving.core.plan import Layout, ServedModel
+from serving.core.rollout_counts import LATENCY_BOUNDS
 from serving.core.rollout_spec import RolloutSpec
 from serving.core.rollout_states import State
 from serving.core.rollout_types import Rollout
@@ -113,7 +114,17 @@ def _split(rollout: Rollout) -> Split:
         compare=_compare(spec),
         feedback=asdict(spec.feedback) if spec.feedback is not None else {},
         observe="drift" in kinds,
+        latency_bound_s=_latency_bound_s(rollout),
     )
+
+
+def _latency_bound_s(rollout: Rollout) -> float | None:
+    bounds = rollout.current.latency_bounds
+    if bounds is None:
+        return None
+    tail, _, alone = bounds
+    baking = rollout.current.step == len(rollout.spec.steps)
+    return LATENCY_BOUNDS[alone if baking else tail]
 
 
 def _compare(spec: RolloutSpec) -> dict[str, Any]:

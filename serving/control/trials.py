@@ -80,7 +80,8 @@ class Trials:
     def carried(self, before: Plain, now: Plain) -> dict[str, list[Any]]:
         """A report's rollout part, with what it no longer has of live rollouts from the one before.
 
-        A gateway forgets a split some time after it left the route table.
+        A gateway forgets an epoch some time after the next one began, and a split after it left the
+        route table.
         """
         merged = {}
         for part in (*_COUNTED, "splits"):

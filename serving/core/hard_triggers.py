@@ -41,33 +41,40 @@ def crash_loop(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdic
 
 
 def breaker(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:
-    """A gateway stopped sending to the canary on its own, and stable was not failing likewise."""
+    """A gateway stopped sending to the canary on its own, and stable was not failing likewise.
+
+    What opened it must be in the counts: requests that could not have gone to stable are not.
+    """
     breakers = snapshot.breakers
     if not breakers.open or breakers.opened < trigger.failures:
         sentence = f"no breaker is open, {times(breakers.opened)} so far: passes"
         return verdict(trigger, Outcome.PASS, sentence)
-    burst = _burst(snapshot.history, rollout.spec.breaker_failures)
+    needed = rollout.spec.breaker_failures
+    burst = _burst(snapshot.history, needed)
     canary, stable = burst.canary[:2], burst.stable[:2]
     units = rollout.spec.assignment.units
-    likewise = rate(burst.stable) * OWN_FAULT > rate(burst.canary)
-    outcome = Outcome.HOLD if likewise else Outcome.FAIL
-    why = "stable fails likewise, so it is not the version" if likewise else "fails"
+    outcome, why = Outcome.FAIL, "fails"
+    if canary[1] < needed:
+        outcome, why = Outcome.HOLD, f"{needed} failures must count: holds"
+    elif rate(burst.stable) * OWN_FAULT > rate(burst.canary):
+        outcome, why = Outcome.HOLD, "stable fails likewise, so it is not the version"
     sentence = (
         f"{breakers.open} gateway(s) stopped sending to the canary after "
-        f"{rollout.spec.breaker_failures} failures in a row; of late canary failed "
+        f"{needed} failures in a row; of late canary failed "
         f"{failed_of(canary, units)}, stable {failed_of(stable, units)}: {why}"
     )
     return verdict(trigger, outcome, sentence, canary=canary, stable=stable)
 
 
 def _burst(history: Sequence[Sample], failures: int) -> Sample:
-    """The shortest of the latest windows in which the canary had as many requests as `failures`.
+    """The shortest of the latest windows in which as many `failures` of the canary were counted.
 
-    The breaker cuts the canary off, so the latest seconds may have none of its requests.
+    The breaker cuts the canary off, so the latest seconds may have none of its requests. Where no
+    window has as many it is the whole rollout.
     """
     windows = (recent(history, seconds) for seconds in _BREAKER_WINDOWS_S)
     latest = history[-1] if history else Sample(0.0, NOTHING, NOTHING)
-    return next((w for w in windows if w.canary[0] >= failures), latest)
+    return next((w for w in windows if w.canary[1] >= failures), latest)
 
 
 def slo_burn(trigger: Trigger, rollout: Rollout, snapshot: Snapshot) -> Verdict:

@@ -60,7 +60,7 @@ def uses(counts: Iterable[Mapping[str, ArmCountsRow]]) -> Uses:
     for rows in counts:
         for replica, row in rows.items():
             ns, n = found.get(replica, (0, 0))
-            found[replica] = ns + row.busy_ns, n + row.latency.total
+            found[replica] = ns + row.busy_ns, n + row.answered
     return found
 
 

@@ -79,9 +79,9 @@ class ArmCountsRow:
     Where units stick to their arm (users, ids that come again), `requests` counts each unit of the
     epoch once, `failed` those that the arm failed. `batches` and `failed_batches` are runs, or what
     was drawn together where that is more, that brought either. `latency` has one entry an answered
-    request, of units that are known too, `batch_latency` the slowest request of each batch.
-    `labels` are late labels: (known, wrong). `busy_ns` is the device time of the runs behind the
-    answers, padding left out.
+    request, of units that are known too, `batch_latency` the slowest request of each batch. So many
+    of these, `given_up` and `given_up_batches`, are of clients that left after the latency bound.
+    `labels` are late labels: (known, wrong); `busy_ns` is the answers' device time, no padding.
     `shielded`, `overridden` and `diverted` are not part of `requests`' evidence: they only inform.
     """
 
@@ -97,6 +97,13 @@ class ArmCountsRow:
     shielded: int = 0
     overridden: int = 0
     diverted: int = 0
+    given_up: int = 0
+    given_up_batches: int = 0
+
+    @property
+    def answered(self) -> int:
+        """Answers that reached their clients."""
+        return self.latency.total - self.given_up
 
     @property
     def failures(self) -> Tally:
@@ -110,12 +117,12 @@ class ArmCountsRow:
         What compares different times, or has none to compare with, needs it: in the next minute
         there are few new units, but many that may fail.
         """
-        requests = max(self.requests, self.latency.total + self.failed)
-        batches = max(self.batches, self.batch_latency.total)
+        requests = max(self.requests, self.answered + self.failed)
+        batches = max(self.batches, self.batch_latency.total - self.given_up_batches)
         return requests, self.failed, batches, self.failed_batches
 
     def slow(self, bound: int) -> Tally:
-        """Answered requests and batches, with those slower than `LATENCY_BOUNDS[bound]`."""
+        """Requests and batches, with those slower than `LATENCY_BOUNDS[bound]`."""
         one, batch = self.latency, self.batch_latency
         return one.total, one.slower(bound), batch.total, batch.slower(bound)
 
@@ -143,6 +150,8 @@ class ArmCountsRow:
             shielded=self.shielded + other.shielded,
             overridden=self.overridden + other.overridden,
             diverted=self.diverted + other.diverted,
+            given_up=self.given_up + other.given_up,
+            given_up_batches=self.given_up_batches + other.given_up_batches,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +170,7 @@ class ArmCountsRow:
         """Read `to_dict`'s form or a gateway's row; what is absent counts 0.
 
         Raises ValueError for a count that is not an integer ≥ 0, for more failures than there were
-        requests (batches, labels), and for a bucket that does not exist.
+        requests (batches, labels; given up, latencies), and for a bucket that does not exist.
         """
         labels = _mapping(raw, "labels")
         row = cls(
@@ -178,6 +187,8 @@ class ArmCountsRow:
         known, wrong = self.labels
         _at_most(self.failed, self.requests, "failed requests")
         _at_most(self.failed_batches, self.batches, "failed batches")
+        _at_most(self.given_up, self.latency.total, "requests given up")
+        _at_most(self.given_up_batches, self.batch_latency.total, "batches given up")
         _at_most(wrong, known, "wrong labels")
 
 

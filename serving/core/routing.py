@@ -66,7 +66,8 @@ class Split:
     stable answered that are copied to it. An `epoch` is a period in which neither changes.
     `unit` is what sticks to an arm ("request", "header:NAME", "cookie:NAME", "parameter:NAME");
     `overrides` are (header, value, arm), header names in lower case. `compare` and `feedback` say
-    how answers and labels are judged; `observe` asks for counts of what was predicted.
+    how answers and labels are judged; `observe` asks for counts of what was predicted. An answer
+    that takes longer than `latency_bound_s` is slow; None: that is not known yet.
     """
 
     rollout: str
@@ -82,6 +83,7 @@ class Split:
     compare: Mapping[str, Any] = field(default_factory=dict)
     feedback: Mapping[str, Any] = field(default_factory=dict)
     observe: bool = False
+    latency_bound_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,10 @@ class Call:
             return
         self.done = True
         self._let_go()
-        self.arm.recorder.refused("cancelled", monotonic() - self.arrival)
+        seconds = monotonic() - self.arrival
+        if self.trial is not None:
+            self.trial.given_up(self, seconds)
+        self.arm.recorder.refused("cancelled", seconds)
         self.arm.forget(self)
 
 

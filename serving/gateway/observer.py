@@ -95,7 +95,7 @@ class Memory:
 
     def configure(self, feedback: Mapping[str, Any]) -> None:
         """Keep answers for `window_s`, and at most `max_entries` of them."""
-        self._window = float(feedback.get("window_s", 0.0))
+        self.window_s = float(feedback.get("window_s", 0.0))
         self._most = int(feedback.get("max_entries", _MAX_ENTRIES))
 
     def keep(self, origin: _Origin, answered: Iterable[tuple[bytes, list[int]]]) -> None:
@@ -115,7 +115,7 @@ class Memory:
         entries = self._entries
         while entries:
             oldest = next(iter(entries))
-            if entries[oldest][0].at + self._window >= now:
+            if entries[oldest][0].at + self.window_s >= now:
                 if len(entries) <= self._most:
                     return
                 self.forgotten += 1

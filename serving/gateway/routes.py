@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, Final
 
 from serving.core.inference import Limits
@@ -249,11 +250,16 @@ class Routes:
         """Device time by replica; see `UsageMeter`."""
         return [row for recorder in self._recorders.values() for row in recorder.usage.report()]
 
-    def usage_heard(self) -> None:
-        """The controller has a report: what replicas had that left long ago is told no more."""
+    def heard(self) -> None:
+        """The controller has a report: replicas and epochs that are gone are told of no more."""
+        for splitter in self._splitters.values():
+            splitter.heard(self._outstanding)
         there = {e.replica for batcher in self.batchers() for e in batcher.links}
         for recorder in self._recorders.values():
             recorder.usage.forget(there)
+
+    def _outstanding(self) -> Iterator[Call]:
+        return chain.from_iterable(batcher.outstanding() for batcher in self.batchers())
 
     async def close(self) -> None:
         """Drop all connections to replicas. Every request must have been answered."""

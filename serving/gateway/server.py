@@ -234,7 +234,7 @@ class GatewayServer:
         """
         payload = self.report()
         answer = await self._controller.call("report", payload)
-        self.routes.usage_heard()
+        self.routes.heard()
         del self._joined[: len(payload["feedback_joined"])]
         if isinstance(answer, Mapping):
             self._joined += self.routes.feedback(answer.get("feedback") or ())

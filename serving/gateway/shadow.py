@@ -10,7 +10,7 @@ import asyncio
 import importlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,12 +39,12 @@ _Outputs = Sequence[OutputTensor]
 
 
 class _Pairs:
-    """What was compared in one epoch."""
+    """What was compared in one epoch. `open`: copies of which nothing came yet."""
 
-    __slots__ = ("disagreements", "dropped", "pairs")
+    __slots__ = ("disagreements", "dropped", "open", "pairs")
 
     def __init__(self) -> None:
-        self.pairs = self.disagreements = self.dropped = 0
+        self.pairs = self.disagreements = self.dropped = self.open = 0
 
 
 class Shadow:
@@ -115,19 +115,30 @@ class Shadow:
             call.sink = _Sampled(call.sink, self)
 
     def offer(self, request: InferRequest, answer: BatchAnswer, position: int) -> None:
-        """Copy a request that stable has answered, if there is room for it."""
-        pairs = self._epoch
-        if not self._has_room():
-            pairs.dropped += 1
-            return
+        """Copy a request that stable has answered, if there is room for it.
+
+        Raises nothing: its client has the answer, so whatever fails is no failure of stable's.
+        """
+        try:
+            copied = self._has_room() and self._offer(request, answer, position)
+        except Exception:
+            log.exception("rollout %s: a request could not be copied", self._rollout)
+            copied = False
+        if not copied:
+            self._epoch.dropped += 1
+
+    def _offer(self, request: InferRequest, answer: BatchAnswer, position: int) -> bool:
+        """Copy a request, unless all copies would hold too much then; whether it is copied."""
         outputs = _copy(answer.outputs(position))
         held = sum(map(len, request.inputs)) + _nbytes(outputs)
         if self._held + held > _MAX_HELD_BYTES:
-            pairs.dropped += 1
-            return
+            return False
+        copy = _Copy(self, self._epoch, outputs, held)
+        self._loop.call_soon(self._send, request, copy)
         self._copies += 1
         self._held += held
-        self._loop.call_soon(self._send, request, _Copy(self, pairs, outputs, held))
+        self._epoch.open += 1
+        return True
 
     def _has_room(self) -> bool:
         return (
@@ -177,6 +188,16 @@ class Shadow:
         """A copy holds nothing any more."""
         self._copies -= 1
         self._held -= copy.held
+
+    @property
+    def open(self) -> set[int]:
+        """Epochs with copies of which nothing came yet."""
+        return {epoch for epoch, pairs in self._pairs.items() if pairs.open}
+
+    def forget(self, epochs: Iterable[int]) -> None:
+        """Tell no more of epochs that are over."""
+        for epoch in epochs:
+            self._pairs.pop(epoch, None)
 
     def report(self) -> Iterator[dict[str, Any]]:
         """A row an epoch."""
@@ -242,10 +263,14 @@ class _Copy:
     def count(self, agreed: bool) -> None:
         self._pairs.pairs += 1
         self._pairs.disagreements += not agreed
-        self._shadow.gone(self)
+        self._gone()
 
     def drop(self) -> None:
         self._pairs.dropped += 1
+        self._gone()
+
+    def _gone(self) -> None:
+        self._pairs.open -= 1
         self._shadow.gone(self)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from serving.core.assignment import unit_point
@@ -17,10 +18,11 @@ from serving.core.routing import Split
 from serving.errors import ServingError
 from serving.gateway.breaker import Breaker
 from serving.gateway.draws import Draws
+from serving.gateway.epochs import Epochs
 from serving.gateway.infer import TICK_S, Call, Sink, monotonic
 from serving.gateway.observer import Memory, Observer
 from serving.gateway.shadow import Shadow
-from serving.gateway.trials import CANARY, STABLE, Trial, Unit
+from serving.gateway.trials import CANARY, Trial, Unit
 from serving.gateway.units import Units, unit_finder, unit_headers
 
 if TYPE_CHECKING:
@@ -37,11 +39,11 @@ class Splitter:
     """One rollout's split at this gateway. It outlives the epochs of its rollout."""
 
     __slots__ = (
-        "_by_id", "_canary_trial", "_draws", "_elsewhere", "_epoch", "_falls_on_stable",
-        "_overrides", "_patience", "_plain", "_room", "_salt", "_shadowing", "_shield", "_spare",
-        "_stable_trial", "_trials", "_uncounted", "_unit", "_units", "_waiting", "_watch",
+        "_by_id", "_canary_trial", "_draws", "_elsewhere", "_epochs", "_falls_on_stable",
+        "_overrides", "_patience", "_plain", "_room", "_salt", "_shadowing", "_spare",
+        "_stable_trial", "_uncounted", "_unit", "_units", "_waiting", "_watch",
         "_weight", "arm", "breaker", "canary", "diverted", "headers", "memory", "overridden",
-        "recorder", "rollout", "shadow", "shielded", "stable", "sticks",
+        "recorder", "rollout", "shadow", "shield", "shielded", "stable", "sticks",
     )  # fmt: skip
 
     def __init__(
@@ -60,8 +62,7 @@ class Splitter:
         self.diverted = self.overridden = self.shielded = 0
         self._watch = watch
         self._draws = Draws(loop)
-        self._trials: dict[tuple[int, str], Trial] = {}
-        self._epoch = -1
+        self._epochs = Epochs(self)
         # Whether requests had units that stick to their arm.
         self.sticks = False
         self.shadow = Shadow(split.rollout, loop, watch)
@@ -87,16 +88,17 @@ class Splitter:
         self.arm, self.recorder = stable.arm, stable.recorder
         self._weight = split.weight
         self._salt = split.salt.encode()
-        self._shield = split.shield
+        self.shield = split.shield
         self._overrides = [(n.encode(), v.encode(), arm) for n, v, arm in split.overrides]
         # What sticks to an arm; it gives None where a request is drawn by chance.
         self._unit = unit_finder(split.unit)
         self._by_id = split.unit == "request"
         self.headers = frozenset({*(n for n, _, _ in self._overrides), *unit_headers(split.unit)})
-        if split.epoch != self._epoch:
-            self._epoch, self._units = split.epoch, Units(self._salt)
-        self._stable_trial = self._trial(split.epoch, STABLE)
-        self._canary_trial = self._trial(split.epoch, CANARY)
+        if split.epoch != self._epochs.current:
+            self._units = Units(self._salt)
+        self._stable_trial, self._canary_trial = self._epochs.begin(split.epoch)
+        bound = math.inf if split.latency_bound_s is None else split.latency_bound_s
+        self._stable_trial.latency_bound_s = self._canary_trial.latency_bound_s = bound
         # The breaker and the shield hear of what it has; the controller does not.
         self._uncounted = Trial(self, self.rollout, split.epoch, CANARY)
         self.memory.configure(split.feedback)
@@ -115,9 +117,6 @@ class Splitter:
         except ValueError as error:
             log.warning("rollout %s: predictions are not observed: %s", self.rollout, error)
             return None
-
-    def _trial(self, epoch: int, arm: str) -> Trial:
-        return self._trials.setdefault((epoch, arm), Trial(self, self.rollout, epoch, arm))
 
     # What the pipeline uses of a batcher.
 
@@ -228,7 +227,7 @@ class Splitter:
         return canary.has_room_behind(ahead, call, self._canary_deadline(call))
 
     def _canary_deadline(self, call: Call) -> float:
-        if not self._shield:
+        if not self.shield:
             return call.deadline
         return call.arrival + _CANARY_SHARE * (call.deadline - call.arrival)
 
@@ -273,7 +272,7 @@ class Splitter:
         )
 
     def _give(self, call: Call) -> None:
-        if self._shield:
+        if self.shield:
             call.deadline, call.final_deadline = self._canary_deadline(call), call.deadline
         call.arm = self.canary
         self.canary.take(call)
@@ -291,7 +290,7 @@ class Splitter:
 
         With a `judge`, the failure is counted there only if stable does answer.
         """
-        if not self._shield:
+        if not self.shield:
             return False
         sink = call.sink if judge is None else _Judged(call, judge)
         return self._ask_stable(call, sink, call.final_deadline or call.deadline)
@@ -317,8 +316,17 @@ class Splitter:
 
     def report(self) -> Iterator[dict[str, Any]]:
         """The counts of every epoch, a row an arm and replica."""
-        for trial in self._trials.values():
-            yield from trial.report()
+        return self._epochs.report()
+
+    def heard(self, outstanding: Callable[[], Iterable[Call]]) -> None:
+        """The controller has a report: epochs that are over are told no more."""
+
+        def busy() -> set[int]:
+            trials = (_trial_of(call) for call in outstanding())
+            mine = {t.epoch for t in trials if t is not None and t.splitter is self}
+            return mine | self.shadow.open
+
+        self.shadow.forget(self._epochs.heard(busy, self.memory.window_s, monotonic()))
 
     def summary(self) -> dict[str, Any]:
         """What concerns no arm."""
@@ -352,17 +360,22 @@ class _Nobody:
         return b""
 
 
+def _trial_of(call: Call) -> Trial | None:
+    """Where it will be counted what comes of a call."""
+    return call.sink.judge if isinstance(call.sink, _Judged) else call.trial
+
+
 class _Judged:
     """The sink of a request whose input the canary's model refused: would stable take it."""
 
     def __init__(self, call: Call, judge: Trial) -> None:
         self._call = call
-        self._judge = judge
+        self.judge = judge
         self.given_id = call.sink.given_id
 
     def answered(self, call: Call, answer: BatchAnswer, position: int) -> float:
         finished = self._call.sink.answered(call, answer, position)
-        self._judge.count_failure(self._call)
+        self.judge.count_failure(self._call)
         return finished
 
     def failed(self, call: Call, error: ServingError) -> None:

@@ -129,6 +129,8 @@ class Tally:
         "busy_ns",
         "failed",
         "failed_batches",
+        "given_up",
+        "given_up_batches",
         "labels",
         "latency",
         "predictions",
@@ -141,6 +143,7 @@ class Tally:
         self.latency, self.batch_latency = Latencies(), Latencies()
         self.predictions = Predictions()
         self.labels = self.wrong = 0
+        self.given_up = self.given_up_batches = 0
         self.busy_ns = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,4 +158,6 @@ class Tally:
             "predictions": self.predictions.to_dict(),
             "labels": {"n": self.labels, "k": self.wrong},
             "busy_ns": self.busy_ns,
+            "given_up": self.given_up,
+            "given_up_batches": self.given_up_batches,
         }

@@ -4,16 +4,20 @@ Totals since the gateway's start, as all that it reports, so a lost report loses
 has one weight; a request belongs to the epoch in which it was assigned, however late its answer.
 
 A trial counts each way the evidence needs: requests and failed requests, batches and failed
-batches. What a client did wrong, or gave up, is in neither. Where units stick to their arm, users
-say, a request is a unit: its first answer counts, and its first failure, by batch too. Latency is
-that of every request and every run. A batch is a run, or a draw where that
-is more: requests that were drawn together are one event, however many runs they come to, and a run
-is one, however many draws it is of. So each batch, and each that failed, stands for a run of its
-own and for a draw of its own.
+batches. What a client did wrong is in neither, if that is known: without a shield nobody says whose
+fault an input is that a model refuses, so it counts in both arms. What a client gave up is in
+neither, but if it waited for longer than the epoch's latency bound its answer is known to be slow.
+
+Where units stick to their arm, users say, a request is a unit: its first answer counts, and its
+first failure, by batch too. Latency is that of every request and every run. A batch is a run, or a
+draw where that is more: requests that were drawn together are one event, however many runs they
+come to, and a run is one, however many draws it is of. So each batch, and each that failed, stands
+for a run of its own and for a draw of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,12 +54,16 @@ class Counted:
 
 
 class Draw:
-    """Requests that chance sent to an arm together; `batch` is what they were counted as."""
+    """Requests that chance sent to an arm together; `batch` is what they were counted as.
 
-    __slots__ = ("batch",)
+    `given_up`: whether the latency of the batch is that of one whose client left.
+    """
+
+    __slots__ = ("batch", "given_up")
 
     def __init__(self) -> None:
         self.batch: Counted | None = None
+        self.given_up = False
 
 
 class Unit(Draw):
@@ -183,6 +191,7 @@ class Trial:
     __slots__ = (
         "arm",
         "epoch",
+        "latency_bound_s",
         "observer",
         "rollout",
         "splitter",
@@ -195,6 +204,7 @@ class Trial:
         self.epoch = epoch
         self.arm = arm
         self.observer: Observer | None = None
+        self.latency_bound_s = math.inf
         self.tallies: dict[str, Tally] = {}
 
     def tally(self, replica: str) -> Tally:
@@ -231,7 +241,7 @@ class Trial:
             self.observer.note(self, replica, batch, positions, answer)
 
     def _count_batch(self, tally: Tally, last: Call) -> bool:
-        """Count a run, of which `last` is the last request of this trial; whether it counts.
+        """Count a run, of which `last` is this trial's last request; whether its latency counts.
 
         Requests leave in the order of arrival, so if a run has any of a draw that no other run has
         counted, it ends with one.
@@ -243,40 +253,66 @@ class Trial:
         if draw is not None and (cluster is None or draw.__class__ is not Unit):
             # What others of a cluster make of its batch is not on a unit's account.
             draw.batch = batch
-        return batch is not None
+        if cluster is not None and not cluster.first(tally.batch_latency):
+            return False
+        return batch is not None and (draw is None or not draw.given_up)
+
+    def given_up(self, call: Call, seconds: float) -> None:
+        """A client left after so long: where that is too long, its answer is a slow one.
+
+        As if it had been answered then: of a run, and of what was drawn together, one counts.
+        """
+        if seconds <= self.latency_bound_s:
+            return
+        call.arm.blame([call])
+        tally, draw = self.tally(call.replica), call.draw
+        tally.latency.extend([seconds])
+        tally.given_up += 1
+        if draw is not None and draw.__class__ is not Unit:
+            if draw.batch is not None or draw.given_up:
+                return
+            draw.given_up = True
+        if call.cluster is None or call.cluster.first(tally.batch_latency):
+            tally.batch_latency.extend([seconds])
+            tally.given_up_batches += 1
 
     def failed(self, call: Call, error: ServingError) -> bool:
         """A request of this arm failed: count it, and say whether stable answers it instead.
 
         An input that the canary's model refuses is the client's fault if stable refuses it too, so
-        that is counted once stable has answered; without a shield it is not asked.
+        that is counted once stable has answered. Without a shield stable is not asked: refused
+        inputs are counted in both arms.
         """
-        if not isinstance(error, Overloaded | InvalidRequest):
-            self.count_failure(call)
+        refused = isinstance(error, InvalidRequest)
+        if not isinstance(error, Overloaded) and not (refused and self.splitter.shield):
+            self.count_failure(call, doubtful=refused)
         if self.arm == STABLE or call.unseen:
             return False
-        judge = self if isinstance(error, InvalidRequest) else None
+        judge = self if refused else None
         return self.splitter.take_over(call, judge)
 
-    def count_failure(self, call: Call) -> None:
-        """Count a failed request; of a batch, and of a unit that sticks to its arm, the first."""
+    def count_failure(self, call: Call, *, doubtful: bool = False) -> None:
+        """Count a failed request; of a batch, and of a unit that sticks to its arm, the first.
+
+        One that is `doubtful`, as it may be the client's fault, is not the breaker's business.
+        """
         tally, draw = self.tally(call.replica), call.draw
-        cluster = call.cluster or Cluster()
-        if self.arm == CANARY:
-            breaker = self.splitter.breaker
-            # Whose batch it was makes no difference to it. Requests that waited in vain are no
-            # batches, but reason enough to send no more.
-            if cluster.first(breaker) or not call.sent:
-                breaker.failed()
         if isinstance(draw, Unit):
             if not draw.fails(tally):
                 return
         else:
-            tally.requests += 1
             if draw is None and (unit := self.splitter.id_of(call)):
                 if unit.failed:
                     return
                 unit.failed, draw = True, unit
+            tally.requests += 1
+        cluster = call.cluster or Cluster()
+        if self.arm == CANARY and not doubtful:
+            breaker = self.splitter.breaker
+            # One who tries again may bring an input that stable fails as well. Requests that waited
+            # in vain are no batches, but reason enough to send no more.
+            if cluster.first(breaker) or not call.sent:
+                breaker.failed()
         tally.failed += 1
         cluster.count_failure(self, tally, draw)
 

@@ -406,6 +406,46 @@ def test_watch_of_a_bad_version_ends_with_1_and_says_why(cli: Cli) -> None:
     assert done.stdout.splitlines()[-1].endswith(": fails)")
 
 
+def watch(cli: Cli, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, what it printed last, and its errors."""
+    done = serving("rollout", "watch", "digits", *arguments, home=cli.desk.home, env=cli.env)
+    return done.returncode, done.stdout.splitlines()[-1], done.stderr
+
+
+def test_watch_ends_in_a_state_that_it_is_to_wait_for(cli: Cli) -> None:
+    cli("rollout", "pause", "digits")
+    code, last, errors = watch(cli, "--until", "baking", "--until", "paused")
+    assert (code, errors) == (0, "")
+    assert "paused" in last
+    cli("rollout", "resume", "digits")
+    cli.desk.a_look = {"seconds": 3, "failing": 0.2}
+    code, last, errors = watch(cli, "--until", "paused")
+    assert (code, errors) == (1, "")
+    assert "rolled back" in last
+    assert watch(cli, "--until", "rolled_back")[0] == 0
+
+
+def test_watch_gives_up_after_a_while(cli: Cli) -> None:
+    """A rollout that waits for somebody would be followed for ever."""
+    cli("rollout", "pause", "digits")
+    code, last, errors = watch(cli, "--timeout", "0.1s")
+    assert code == 124
+    assert "paused" in last
+    assert errors == (
+        "error: digits: not succeeded after 0.1 s but paused, and goes on; "
+        "serving rollout watch digits shows it again\n"
+    )
+    errors = watch(cli, "--timeout", "0", "--until", "baking", "--until", "succeeded", "--json")[2]
+    assert errors.startswith("error: digits: not baking or succeeded after 0 s but paused")
+
+
+def test_watch_wants_a_duration_and_a_state(cli: Cli) -> None:
+    line = cli.fails("rollout", "watch", "digits", "--timeout", "soon", code=2)
+    assert "'soon' is no duration; allowed: seconds, or a text like" in line
+    line = cli.fails("rollout", "watch", "digits", "--until", "done", code=2)
+    assert "'done' is not one of" in line
+
+
 def test_watch_as_json_is_a_document_a_change(cli: Cli) -> None:
     cli.desk.a_look = {"seconds": 5}
     documents = [

@@ -341,6 +341,8 @@ def test_a_breaker_is_acted_on_within_a_quarter_of_a_second(world: RolloutWorld)
 
     async def scenario() -> float:
         controller = await world.observing()
+        # The gateways have the table with the step's weight.
+        await world.second(controller)
         world.traffic.versions["2"] = Version(failing=1.0)
         for gateway in world.traffic.fleet:
             gateway.serve(200, world.traffic.versions)
@@ -348,6 +350,7 @@ def test_a_breaker_is_acted_on_within_a_quarter_of_a_second(world: RolloutWorld)
         loop = asyncio.get_running_loop()
         await controller.start()
         world.announce(controller)
+        world.monotonic += 0.05
         for gateway in world.traffic.fleet:
             controller.report(gateway.report())
         began, revision = loop.time(), controller.board.revision

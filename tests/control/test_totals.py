@@ -170,6 +170,21 @@ def test_a_gateway_that_was_taken_for_gone_is_heard_again_and_repeats_nothing() 
     check(totals)
 
 
+def test_an_epoch_that_a_gateway_tells_no_more_stays_counted() -> None:
+    totals = Totals({})
+    totals.trials.live = {"m:1"}
+    first = counted(10, 1)
+    second = {**first, "trials": [{**first["trials"][0], "epoch": 2}]}
+    both = {**first, "trials": first["trials"] + second["trials"]}
+    for rollouts in (first, both, second):
+        totals.report(gateway_report("g", rollouts=rollouts), 0.0)
+    totals = Totals(json.loads(json.dumps(totals.unsaved())))
+    totals.trials.live = {"m:1"}
+    totals.report(gateway_report("g", rollouts=second), 1.0)
+    counts = totals.trials.counts("m:1")
+    assert [counts[epoch].canary["r"].requests for epoch in (1, 2)] == [10, 10]
+
+
 def test_what_fails_late_is_counted_although_it_began_before_its_gateway_was_taken_for_gone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

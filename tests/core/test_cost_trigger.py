@@ -57,6 +57,13 @@ def judged(counts: EpochCounts, weight: float = EQUAL, **seen: Any) -> Verdict:
     return only(evaluate(trial, snapshot({1: counts}, **{"prices": PRICES, **seen})))
 
 
+def test_what_clients_gave_up_is_no_inference() -> None:
+    answered = both(1.0)
+    late = replace(answered.canary["c"], latency=Histogram({60: 100, 90: 50}), given_up=50)
+    gave_up = replace(answered, canary={"c": late})
+    assert judged(gave_up).sentence == judged(answered).sentence
+
+
 def test_a_dearer_canary_is_shown_and_not_judged_at_a_small_weight() -> None:
     verdict = judged(both(2.0), weight=0.05, costs=CostWindows())
     assert verdict.verdict is Outcome.HOLD

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.core.routing import Arm, Endpoint, ModelRoute, RouteTable
+from serving.core.routing import Arm, Endpoint, ModelRoute, RouteTable, Split
 from serving.core.types import DATATYPE_BY_CODE, DATATYPES, Batch, Signature, TensorSpec
 from serving.errors import ArtifactError
 
@@ -65,6 +65,16 @@ def test_signature_round_trip(signature):
 @given(tables)
 def test_route_table_round_trip(table):
     assert RouteTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+def test_a_split_round_trip_and_one_of_before_there_was_a_latency_bound():
+    split = Split("m:1", 3, "2", 0.5, "salt", latency_bound_s=0.02)
+    table = RouteTable(1, {"m": ModelRoute("m", "1", {}, split)})
+    stored = json.loads(json.dumps(table.to_dict()))
+    assert RouteTable.from_dict(stored) == table
+    del stored["models"][0]["split"]["latency_bound_s"]
+    (route,) = RouteTable.from_dict(stored).models.values()
+    assert route.split.latency_bound_s is None
 
 
 def test_datatype_codes_are_unique_and_sizes_agree_with_numpy():

@@ -21,6 +21,7 @@ from serving.core.rollout_baseline import (
 )
 from serving.core.rollout_counts import (
     LATENCY_BOUNDS,
+    NOTHING,
     ArmCountsRow,
     Breakers,
     EpochCounts,
@@ -275,6 +276,16 @@ def test_users_who_stick_may_crowd_the_canary_without_making_it_slow() -> None:
     assert verdict.verdict is not Outcome.FAIL
 
 
+def test_a_canary_that_nobody_waits_for_is_slow() -> None:
+    """All of its clients gave up, so there is no other count of it."""
+    stable = answers(some_latencies(7000, 0.008))
+    late = answers([1.0] * 200)
+    hangs = ArmCountsRow(latency=late.latency, batch_latency=late.batch_latency, given_up=200)
+    at = Epoch(1, 0, 0.05, latency_bounds=latency_bounds(stable))
+    seen = snapshot({1: epoch(hangs, stable)})
+    assert only(evaluate(rollout(at, kinds=("latency",)), seen)).verdict is Outcome.FAIL
+
+
 def test_latency_waits_for_bounds() -> None:
     verdict = judged(epoch(failures(100, 0), failures(100, 0)), "latency")
     assert verdict.verdict is Outcome.HOLD
@@ -406,6 +417,30 @@ def test_an_open_breaker_is_the_versions_fault_unless_stable_fails_likewise(
     assert only(evaluate(trial, seen)).verdict.value == outcome
     closed = replace(seen, breakers=Breakers(open=0, opened=1))
     assert only(evaluate(trial, closed)).verdict is Outcome.PASS
+
+
+def test_a_breaker_that_opened_on_fewer_failures_than_count_holds() -> None:
+    """Those of a client that tries again count once, and what stable has no room for not at all."""
+    trial = rollout(kinds=("breaker",))
+    before = Sample(0.0, NOTHING, NOTHING)
+    history = (before, Sample(1.0, (100, 0, 100, 0), (8, 1, 8, 1)))
+    seen = snapshot(breakers=Breakers(open=1, opened=1), history=history)
+    (found,) = evaluate(trial, seen)
+    assert found.verdict is Outcome.HOLD
+    assert "of late canary failed 1 of 8 requests (12.5 %)" in found.sentence
+    assert found.sentence.endswith("8 failures must count: holds")
+
+
+def test_a_breakers_failures_are_looked_for_as_far_back_as_they_are() -> None:
+    """Another gateway's requests of the last seconds must not hide them."""
+    trial = rollout(kinds=("breaker",))
+    history = (
+        Sample(0.0, NOTHING, NOTHING),
+        Sample(1.0, (100, 0, 100, 0), (8, 7, 8, 7)),
+        Sample(9.0, (900, 0, 900, 0), (20, 8, 20, 8)),
+    )
+    seen = snapshot(breakers=Breakers(open=1, opened=1), history=history)
+    assert only(evaluate(trial, seen)).verdict is Outcome.FAIL
 
 
 def test_what_a_plan_does_not_collect_is_not_said_to_be_waited_for() -> None:

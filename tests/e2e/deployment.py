@@ -94,9 +94,10 @@ class Deployment:
                 stderr=subprocess.STDOUT,
             )
         try:
-            eventually(self._ready, f"ready\n{self.log.read_text()}", 120)
-        except BaseException:
+            eventually(self._ready, "ready", 120)
+        except BaseException as error:
             self.stop()
+            error.add_note(self.log.read_text())
             raise
         return self
 
@@ -104,9 +105,8 @@ class Deployment:
         self.stop()
 
     def _ready(self) -> bool:
-        printed = self.log.read_text()
-        assert self.process.poll() is None, f"serving up ended:\n{printed}"
-        return "\nready" in printed
+        assert self.process.poll() is None, "serving up ended"
+        return "\nready" in self.log.read_text()
 
     def stop(self) -> int:
         """Ctrl-C; the exit status."""

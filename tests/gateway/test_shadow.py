@@ -69,6 +69,20 @@ def test_answers_that_differ(rollout: Rollout) -> None:
     assert settle(rollout, 20) == (20, 20, 0)
 
 
+def test_what_cannot_be_copied_is_dropped_and_costs_neither_client_nor_stable(
+    rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(outputs: object) -> list[Any]:
+        raise MemoryError("no room for a copy")
+
+    monkeypatch.setattr(shadow, "_copy", no_room)
+    rollout.begin(0.0, shadow=1.0, compare=CLOSE)
+    ask(rollout, 2)
+    assert settle(rollout, 2) == (0, 0, 2)
+    assert rollout.stable_counts().failures == (2, 0, 2, 0)
+    assert rollout.gateway.outcomes("m", "1") == {"success": 2}
+
+
 def test_members_of_a_batch_are_compared_each_with_its_own(rollout: Rollout) -> None:
     rollout.limits = {"max_size": 8, "max_delay_s": 60.0}
     rollout.begin(0.0, shadow=1.0, compare=CLOSE)

@@ -95,6 +95,20 @@ def test_without_a_shield_the_client_meets_the_failure(rollout: Rollout) -> None
     assert rollout.gateway.outcomes("m", "2") == {"model_failed": 1}
 
 
+@pytest.mark.parametrize("arm", ["stable", "canary"])
+def test_without_a_shield_an_input_that_is_refused_is_a_failure_of_either_arm(
+    rollout: Rollout, arm: str
+) -> None:
+    """Nobody asks the other version whose fault it is: the comparison of both tells."""
+    rollout.begin(1.0 if arm == "canary" else 0.0, shield=False, breaker_failures=1)
+    with rollout.gateway.connect() as client:
+        assert client.ask(infer("m", IS_BAD_INPUT)).status == 400
+        assert arm_of(client) == arm
+    assert rollout.counts().arm(arm).failures == (2, 1, 2, 1)
+    # It may be the client's, so it is no reason to send no more.
+    assert rollout.summary()["opened"] == 0
+
+
 def test_where_both_fail_the_client_gets_the_error_of_stable(rollout: Rollout) -> None:
     rollout.begin(1.0)
     with rollout.gateway.connect() as client:
@@ -177,7 +191,7 @@ def test_one_answer_of_a_batch_that_cannot_be_written(rollout: Rollout) -> None:
             client.send(infer("m", GIVES_NAN if i == 3 else i))
         assert sorted(c.reply().status for c in clients) == [200] * 7 + [400]
     canary = rollout.canary_counts()
-    assert (canary.requests, canary.failed, canary.batches) == (7, 0, 1)
+    assert canary.failures == (8, 1, 1, 1)
 
 
 def test_a_canary_that_hangs(rollout: Rollout) -> None:
@@ -440,15 +454,19 @@ class TestBreaker:
         assert rollout.canary_counts().failed_batches == 2
 
     @pytest.mark.parametrize("unit", ["header:x-user", "request"])
-    def test_few_who_come_again_open_it(self, rollout: Rollout, unit: str) -> None:
+    def test_one_who_comes_again_does_not_open_it(self, rollout: Rollout, unit: str) -> None:
+        """It may be the input, which stable would fail as well."""
         rollout.begin(1.0, unit=unit, breaker_failures=5)
         fails(rollout)
         header = "X-User" if unit != "request" else "X-Request-Id"
         with rollout.gateway.connect() as client:
-            for _ in range(5):
+            for _ in range(8):
                 assert arm_of(client, f"{header}: somebody") == "stable"
+            assert rollout.summary()["breaker"] == "closed"
+            for other in range(4):
+                assert arm_of(client, f"{header}: other-{other}") == "stable"
         assert rollout.summary()["breaker"] == "open"
-        assert rollout.canary_counts().failed == 1
+        assert rollout.canary_counts().failed == 5
 
     def test_where_stable_is_gone_it_keeps_nothing_from_the_canary(self, rollout: Rollout) -> None:
         rollout.limits = {"queue_hold_s": 0.0}
