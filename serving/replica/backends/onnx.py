@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend. The only file that imports onnxruntime."""
+"""The ONNX Runtime backend. Only it and `onnx_cuda` import onnxruntime."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from serving.replica.backends.cuda import (
 )
 from serving.replica.backends.faults import FatalDeviceError, MemoryExhausted, meaning
 from serving.replica.backends.meters import DriverMeter, Meter
+from serving.replica.backends.onnx_cuda import preload_libraries
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -225,9 +226,7 @@ def _open(
     """The session. Raises `ArtifactError` and `DeviceError`."""
     import onnxruntime as ort
 
-    if meter is not None:
-        # torch's wheels carry the CUDA and cuDNN libraries that the CUDA provider links to.
-        ort.preload_dlls()
+    missing = "" if meter is None else preload_libraries()
     limit = None if meter is None else allocator_limit(meter)
     try:
         session = ort.InferenceSession(
@@ -248,7 +247,7 @@ def _open(
     if meter is not None and session.get_providers()[0] == _PROVIDERS["cpu"]:
         # ONNX Runtime only logs that a provider did not come up, and runs on the CPU.
         if options.device != "auto" or options.onnx.get("providers"):
-            detail = f"{providers[0]} did not start"
+            detail = f"{providers[0]} did not start" + (f" ({missing[:300]})" if missing else "")
             raise refused_by_runtime(_asked(options), "ONNX Runtime", detail)
         _log.warning("a GPU is there but %s did not start: running on the CPU", providers[0])
     return session
