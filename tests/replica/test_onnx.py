@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,37 @@ def test_a_provider_that_does_not_start_is_no_silent_fallback(
     backend = OnnxBackend(model, RuntimeOptions("auto"), models.LINEAR)
     assert (backend.device, backend.meter) == ("cpu", None)
     assert "running on the CPU" in caplog.text
+
+
+@no_gpu
+@pytest.mark.parametrize("exact", [True, False])
+def test_weights_beyond_the_limit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, exact: bool
+) -> None:
+    # ONNX Runtime runs on the CPU here; it is said to be on a GPU, of which it holds 600 MiB.
+    class Full(FakeMeter):
+        def __init__(self, limit_bytes: int | None) -> None:
+            super().__init__(limit_bytes)
+            self.fixed_bytes, self.exact = 600 << 20, exact
+
+    monkeypatch.setattr(backend_module, "require_cuda", lambda asked: None)
+    monkeypatch.setattr(backend_module, "DriverMeter", Full)
+    here = ort.InferenceSession.get_providers
+    monkeypatch.setattr(
+        ort.InferenceSession, "get_providers", lambda s: ["CUDAExecutionProvider", *here(s)]
+    )
+    model = models.linear(tmp_path / "m.onnx")
+    OnnxBackend(model, RuntimeOptions("cuda", memory_limit_bytes=600 << 20), models.LINEAR)
+    assert "does not fit" not in caplog.text
+    options = RuntimeOptions("cuda", memory_limit_bytes=500 << 20)
+    sentence = r"does not fit into the memory of Fake GPU .* \(104857600 bytes more were asked for"
+    if exact:
+        with pytest.raises(DeviceError, match=sentence):
+            OnnxBackend(model, options, models.LINEAR)
+    else:
+        # A neighbour that loads at the same moment is no reason to refuse.
+        OnnxBackend(model, options, models.LINEAR)
+        assert re.search(sentence, caplog.text)
 
 
 def test_a_provider_that_fails_in_a_run_is_no_silent_fallback(

@@ -24,13 +24,14 @@ class Meter(Protocol):
     """The memory that this process holds on its GPU, in bytes.
 
     `limit_bytes` is the most that it may hold, None where nobody set a limit; `context_bytes` what
-    it held before it loaded anything.
+    it held before it loaded anything. `exact`: no other process's memory is in the readings.
     """
 
     uuid: str
     device_type: str
     limit_bytes: int | None
     context_bytes: int
+    exact: bool
 
     def held_bytes(self) -> int:
         """What it holds now. Raises `DeviceError` where the driver does not tell."""
@@ -57,12 +58,12 @@ class DriverMeter:
         self._library, self._device, self.uuid = _open(found.bare_uuid)
         self._before = self._used_on_device()
         cuda.open_context()
-        self._sees_processes = self._used_by_process() is not None
+        self.exact = self._used_by_process() is not None
         self.context_bytes = self.held_bytes()
 
     def held_bytes(self) -> int:
         """See `Meter.held_bytes`."""
-        if self._sees_processes:
+        if self.exact:
             return self._used_by_process() or 0
         return max(0, self._used_on_device() - self._before)
 

@@ -20,6 +20,7 @@ from serving.replica.backends.base import (
     as_raw,
     does_not_fit,
     one_line,
+    require_loaded_within_limit,
 )
 from serving.replica.backends.cuda import (
     context_fault,
@@ -250,6 +251,8 @@ def _open(
             detail = f"{providers[0]} did not start" + (f" ({missing[:300]})" if missing else "")
             raise refused_by_runtime(_asked(options), "ONNX Runtime", detail)
         _log.warning("a GPU is there but %s did not start: running on the CPU", providers[0])
+    elif meter is not None:
+        require_loaded_within_limit(model, meter)
     return session
 
 
