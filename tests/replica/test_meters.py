@@ -170,7 +170,7 @@ def test_a_gpu_that_is_lost_is_an_error(process: Callable[..., Process]) -> None
     gpu = process()
     gpu.uses(0)
     gpu.ask("meter()")
-    gpu.nvml.set("0", lost="1")
+    gpu.nvml.set("0", error="15")
     assert gpu.ask("state['meter'].held_bytes()") == {
         "error": f"the memory of GPU-{_BARE_UUID} cannot be read (NVML error 15)"
     }
