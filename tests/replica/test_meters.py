@@ -13,7 +13,6 @@ import pytest
 
 from tests.fake_nvml import GIB, FakeNvml, whole
 
-_SOURCE = Path(__file__).with_name("fake_cuda.c")
 _BARE_UUID = "00010203-0405-0607-0809-0a0b0c0d0e0f"
 _MIB = 1 << 20
 # Each line of input is evaluated with these names and answered in JSON.
@@ -73,14 +72,6 @@ class Process:
         self.nvml.set("0", processes=f"1:{5 * GIB} {self.child.pid}:{held}")
 
 
-@pytest.fixture(scope="module")
-def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("cuda")
-    command = ["cc", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o"]
-    subprocess.run([*command, directory / "libcuda.so.1", _SOURCE], check=True, timeout=60)
-    return directory
-
-
 @pytest.fixture
 def process(
     fake_nvml: FakeNvml, cuda_library: Path, tmp_path: Path, request: pytest.FixtureRequest
@@ -119,6 +110,26 @@ def test_a_process_that_is_shown_no_gpu_says_so(process: Callable[..., Process])
     gpu = process(CUDA_VISIBLE_DEVICES="")
     sentence = "the NVIDIA driver shows no device to this process"
     assert gpu.ask("cuda.missing_cuda()") == gpu.ask("cuda.context_fault()") == sentence
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "reason"),
+    [
+        ("13000", "13.2", None),  # what is new in a minor version, a driver of the major may lack
+        ("13000", "12.8", None),
+        ("12040", "13.0", "CUDA 12.4; torch is built for CUDA 13.0, which needs driver 580"),
+        ("12090", "14.1", "CUDA 12.9; torch is built for CUDA 14.1, which needs a newer driver"),
+        ("12040", "", None),  # a build for CPUs
+    ],
+)
+def test_a_driver_may_be_too_old_for_a_runtime(
+    process: Callable[..., Process], driver: str, built: str, reason: str | None
+) -> None:
+    found = process(FAKE_CUDA_DRIVER=driver).ask(f"cuda.old_driver('torch', {built!r})")
+    if reason is None:
+        assert found is None
+    else:
+        assert found.startswith(f"the NVIDIA driver supports {reason}")
 
 
 def test_a_meter_reads_what_the_process_holds(process: Callable[..., Process]) -> None:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from serving.artifacts import ONNX_PLATFORM
 from serving.core.types import DATATYPES, Batch, Signature, TensorSpec
 from serving.errors import ArtifactError, DeviceError, InvalidRequest
-from serving.replica.backends import cuda
+from serving.replica.backends import cuda, onnx_providers
 from serving.replica.backends import onnx as backend_module
 from serving.replica.backends.base import RuntimeOptions
 from serving.replica.backends.faults import FatalDeviceError
@@ -197,8 +197,8 @@ def test_a_provider_that_does_not_start_is_no_silent_fallback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # The driver is said to be there, ONNX Runtime's CUDA provider then really fails to load.
-    monkeypatch.setattr(backend_module, "missing_cuda", lambda: None)
-    monkeypatch.setattr(backend_module, "require_cuda", lambda asked: None)
+    monkeypatch.setattr(onnx_providers, "missing_cuda", lambda: None)
+    monkeypatch.setattr(onnx_providers, "require_cuda", lambda asked: None)
     monkeypatch.setattr(backend_module, "DriverMeter", FakeMeter)
     model = models.linear(tmp_path / "m.onnx")
     with pytest.raises(DeviceError, match=r"device: cuda: ONNX Runtime cannot use the GPU"):
@@ -219,7 +219,7 @@ def test_weights_beyond_the_limit_are_refused(
             super().__init__(limit_bytes)
             self.fixed_bytes, self.exact = 600 << 20, exact
 
-    monkeypatch.setattr(backend_module, "require_cuda", lambda asked: None)
+    monkeypatch.setattr(onnx_providers, "require_cuda", lambda asked: None)
     monkeypatch.setattr(backend_module, "DriverMeter", Full)
     here = ort.InferenceSession.get_providers
     monkeypatch.setattr(

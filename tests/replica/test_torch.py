@@ -13,8 +13,7 @@ import torch
 from serving.artifacts import EXPORT_PLATFORM, TORCHSCRIPT_PLATFORM
 from serving.core.types import DATATYPES, Batch, Signature, TensorSpec
 from serving.errors import ArtifactError, DeviceError
-from serving.replica.backends import cuda
-from serving.replica.backends import torch as backend_module
+from serving.replica.backends import cuda, torch_cuda
 from serving.replica.backends.base import RuntimeOptions
 from serving.replica.backends.torch import TorchBackend
 
@@ -222,16 +221,21 @@ def test_a_signature_that_is_not_the_graphs_is_refused(net: Path) -> None:
 
 @no_gpu
 def test_asking_for_a_gpu_that_is_not_there_is_refused(
-    net: Path, monkeypatch: pytest.MonkeyPatch
+    net: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(DeviceError, match="run this replica on a node with a GPU"):
         TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("cuda"), models.NET)
     assert TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("auto"), models.NET).device == "cpu"
     # A driver is there, but torch cannot use it.
-    monkeypatch.setattr(backend_module, "missing_cuda", lambda: None)
-    monkeypatch.setattr(backend_module, "require_cuda", lambda asked: None)
+    monkeypatch.setattr(torch_cuda, "missing_cuda", lambda: None)
+    monkeypatch.setattr(torch_cuda, "require_cuda", lambda asked: None)
+    monkeypatch.setattr("torch.version.cuda", None)
     with pytest.raises(DeviceError, match="device: cuda: torch cannot use the GPU"):
         TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("cuda"), models.NET)
+    assert not caplog.messages
+    assert TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("auto"), models.NET).device == "cpu"
+    said = "a GPU is there, but not for torch: this build of torch has no CUDA: running on the CPU"
+    assert caplog.messages == [said]
 
 
 def test_weights_that_are_elsewhere_are_found_out(

@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend. Only it and `onnx_cuda` import onnxruntime."""
+"""The ONNX Runtime backend. Only the `onnx*` modules here import onnxruntime."""
 
 from __future__ import annotations
 
@@ -22,26 +22,22 @@ from serving.replica.backends.base import (
     one_line,
     require_loaded_within_limit,
 )
-from serving.replica.backends.cuda import (
-    context_fault,
-    missing_cuda,
-    refused_by_runtime,
-    require_cuda,
-)
+from serving.replica.backends.cuda import context_fault, refused_by_runtime
 from serving.replica.backends.faults import FatalDeviceError, MemoryExhausted, meaning
 from serving.replica.backends.meters import DriverMeter, Meter
 from serving.replica.backends.onnx_cuda import preload_libraries
+from serving.replica.backends.onnx_providers import (
+    PROVIDERS,
+    asked_for,
+    choose_providers,
+    with_options,
+)
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 _log = logging.getLogger(__name__)
 
-_PROVIDERS: Final = {
-    "tensorrt": "TensorrtExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "cpu": "CPUExecutionProvider",
-}
 # ONNX Runtime's name of an element type → (datatype, onnx.TensorProto.DataType).
 _ELEMENT_TYPES: Final[Mapping[str, tuple[str, int]]] = {
     "tensor(float)": ("FP32", 1),
@@ -69,12 +65,12 @@ class OnnxBackend:
     platform = ONNX_PLATFORM
 
     def __init__(self, model: Path, options: RuntimeOptions, signature: Signature | None) -> None:
-        providers = _choose_providers(options)
-        on_gpu = providers[0] != _PROVIDERS["cpu"]
+        providers = choose_providers(options)
+        on_gpu = providers[0] != PROVIDERS["cpu"]
         self.meter: Meter | None = DriverMeter(options.memory_limit_bytes) if on_gpu else None
         self._session = _open(model, options, providers, self.meter)
         self._provider = self._session.get_providers()[0]
-        if self._provider == _PROVIDERS["cpu"]:
+        if self._provider == PROVIDERS["cpu"]:
             self.device, self.precision, self.meter = "cpu", "FP32", None
         else:
             # On Ampere and later the CUDA provider multiplies FP32 matrices in TF32 (use_tf32, on
@@ -233,7 +229,7 @@ def _open(
         session = ort.InferenceSession(
             str(model),
             session_options(options.onnx),
-            providers=_with_options(providers, limit),
+            providers=with_options(providers, limit),
             # By default it answers what fails on a GPU, a load or any later run, by a new session
             # on the CPU and a line on standard output.
             enable_fallback=0,
@@ -245,51 +241,15 @@ def _open(
         if fault is not None and meter is not None:
             raise does_not_fit(model, meter, fault.requested_bytes) from error
         raise ArtifactError(f"{model}: ONNX Runtime cannot load it: {one_line(error)}") from error
-    if meter is not None and session.get_providers()[0] == _PROVIDERS["cpu"]:
+    if meter is not None and session.get_providers()[0] == PROVIDERS["cpu"]:
         # ONNX Runtime only logs that a provider did not come up, and runs on the CPU.
         if options.device != "auto" or options.onnx.get("providers"):
             detail = f"{providers[0]} did not start" + (f" ({missing[:300]})" if missing else "")
-            raise refused_by_runtime(_asked(options), "ONNX Runtime", detail)
+            raise refused_by_runtime(asked_for(options), "ONNX Runtime", detail)
         _log.warning("a GPU is there but %s did not start: running on the CPU", providers[0])
     elif meter is not None:
         require_loaded_within_limit(model, meter)
     return session
-
-
-def _choose_providers(options: RuntimeOptions) -> list[str]:
-    named = options.onnx.get("providers")
-    if named:
-        wants_gpu = any(name != "cpu" for name in named)
-        if wants_gpu and options.device == "cpu":
-            raise DeviceError(
-                f"onnx.providers asks for {', '.join(named)} but device is cpu: change one of them"
-            )
-        if options.device == "cuda" and not wants_gpu:
-            raise DeviceError(
-                "device is cuda but onnx.providers names only cpu: change one of the two"
-            )
-        if wants_gpu:
-            require_cuda(_asked(options))
-        chosen = [_PROVIDERS[name] for name in named]
-        return chosen if _PROVIDERS["cpu"] in chosen else [*chosen, _PROVIDERS["cpu"]]
-    if options.device == "cuda":
-        require_cuda(_asked(options))
-    if options.device == "cpu" or (options.device == "auto" and missing_cuda()):
-        return [_PROVIDERS["cpu"]]
-    return [_PROVIDERS["cuda"], _PROVIDERS["cpu"]]
-
-
-def _asked(options: RuntimeOptions) -> str:
-    named = options.onnx.get("providers")
-    return f"onnx.providers: {', '.join(named)}" if named else f"device: {options.device}"
-
-
-def _with_options(providers: Sequence[str], limit_bytes: int | None) -> list[Any]:
-    # The arena grows by what is asked for, not by doubling: models share a GPU.
-    cuda: dict[str, Any] = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
-    if limit_bytes is not None:
-        cuda["gpu_mem_limit"] = limit_bytes
-    return [(p, cuda) if p == _PROVIDERS["cuda"] else p for p in providers]
 
 
 def session_options(settings: Mapping[str, Any]) -> ort.SessionOptions:
