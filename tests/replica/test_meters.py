@@ -100,7 +100,11 @@ def test_a_context_works_until_it_is_broken(process: Callable[..., Process]) -> 
     assert gpu.ask("cuda.context_fault()") is None
     gpu.state.write_text("2")
     assert gpu.ask("cuda.context_fault()") is None, "memory that is short is no broken context"
+    assert gpu.ask("cuda.free_bytes()") is None
+    gpu.state.write_text("0")
+    assert gpu.ask("cuda.free_bytes()") == 1 << 30
     gpu.state.write_text("700")
+    assert gpu.ask("cuda.free_bytes()") is None
     assert gpu.ask("cuda.context_fault()") == (
         "an illegal memory access was encountered (CUDA error 700)"
     )

@@ -15,11 +15,13 @@ from serving.core.types import DATATYPES, Batch, Signature, TensorSpec
 from serving.errors import ArtifactError, DeviceError
 from serving.replica.backends import cuda, torch_cuda
 from serving.replica.backends.base import RuntimeOptions
+from serving.replica.backends.faults import MemoryExhausted
 from serving.replica.backends.torch import TorchBackend
 
 from . import models
 from .client import Client, Failed
 from .conftest import Serve
+from .fakes import FakeMeter
 from .test_onnx import values
 
 no_gpu = pytest.mark.skipif(cuda.missing_cuda() is None, reason="there is a GPU here")
@@ -141,6 +143,29 @@ class TestTorchScript:
             pytest.raises(Failed, match=r"'output1' came back as float32, .* says INT64"),
         ):
             client.infer(inputs(1)[0])
+
+
+class Engineless(torch.nn.Module):
+    """As a convolution of which no variant found its workspace."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("FIND was unable to find an engine to execute this computation")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_convolution_that_torch_refused_memory_is_short_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signature = models.identity_signature("FP32")
+    model = models.script(tmp_path / "m.ts", Engineless())
+    backend = models.cpu_backend(model, TORCHSCRIPT_PLATFORM, signature)
+    backend.meter = FakeMeter(None)
+    x = [np.zeros((1, 2), np.float32)]
+    # How often the allocator has refused memory by now: torch counts it, the error does not say it.
+    for refused, error in ((1, MemoryExhausted), (1, torch.jit.Error), (3, MemoryExhausted)):
+        monkeypatch.setattr(torch.cuda, "memory_stats", lambda n=refused: {"num_ooms": n})
+        with pytest.raises(error, match="memory" if error is MemoryExhausted else "an engine"):
+            backend.run(x)
 
 
 class Same(torch.nn.Module):

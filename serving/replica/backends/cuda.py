@@ -119,11 +119,26 @@ def context_fault() -> str | None:
     """
     try:
         with _context() as driver:
-            free, total = ctypes.c_size_t(), ctypes.c_size_t()
-            code = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+            code, _ = _memory(driver)
             return None if code in (0, _OUT_OF_MEMORY) else _description(driver, code)
     except DeviceError as error:
         return str(error)
+
+
+def free_bytes() -> int | None:
+    """How much memory is free on the device; None where the driver does not tell."""
+    try:
+        with _context() as driver:
+            code, free = _memory(driver)
+            return None if code else free
+    except DeviceError:
+        return None
+
+
+def _memory(driver: Any) -> tuple[int, int]:
+    """CUDA's error code, and the bytes that are free."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    return driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)), free.value
 
 
 @contextmanager

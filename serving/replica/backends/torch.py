@@ -29,7 +29,12 @@ from serving.replica.backends.faults import (
     refused_shape,
 )
 from serving.replica.backends.meters import Meter
-from serving.replica.backends.torch_cuda import TorchMeter, choose_device, limit_allocator
+from serving.replica.backends.torch_cuda import (
+    TorchMeter,
+    choose_device,
+    limit_allocator,
+    refusals,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +91,7 @@ class TorchBackend:
         if signature is not None:
             _check(model, signature, declared)
         self.signature: Signature = signature or declared  # type: ignore[assignment]
+        self._refusals = 0
         self._stream = torch.cuda.Stream(self.device) if self.device != "cpu" else None
         self.check()
 
@@ -94,7 +100,8 @@ class TorchBackend:
         try:
             outputs = self._run(inputs)
         except Exception as error:
-            fault = refused_shape(error) or meaning(error, self.device)
+            refused = self._memory_refused()
+            fault = refused_shape(error) or meaning(error, self.device, refused=refused)
             if fault is None:
                 raise
         else:
@@ -116,6 +123,13 @@ class TorchBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         del self._call, self._module
+
+    def _memory_refused(self) -> bool:
+        """Whether torch's allocator has refused memory since this was last asked."""
+        if self.meter is None:
+            return False
+        before, self._refusals = self._refusals, refusals()
+        return self._refusals > before
 
     def _load(self, model: Path, options: RuntimeOptions) -> _Loaded:
         """The model on its device. Raises `ArtifactError` and `DeviceError`."""

@@ -63,3 +63,10 @@ def limit_allocator(meter: Meter) -> None:
     if limit is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), 0)
+
+
+def refusals() -> int:
+    """How often torch's allocator has refused memory in this process."""
+    import torch
+
+    return int(torch.cuda.memory_stats().get("num_ooms", 0))
