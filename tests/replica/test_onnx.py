@@ -186,6 +186,36 @@ def test_asking_for_a_gpu_that_is_not_there_is_refused(
     assert "\n" not in str(error.value)
 
 
+def say_gpu(monkeypatch: pytest.MonkeyPatch, meter: type[FakeMeter] = FakeMeter) -> None:
+    """ONNX Runtime runs on the CPU here; from now on it is said to be on a GPU."""
+    monkeypatch.setattr(onnx_providers, "require_cuda", lambda asked: None)
+    monkeypatch.setattr(backend_module, "DriverMeter", meter)
+    here = ort.InferenceSession.get_providers
+    monkeypatch.setattr(
+        ort.InferenceSession, "get_providers", lambda s: ["CUDAExecutionProvider", *here(s)]
+    )
+
+
+@no_gpu
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_second_run_of_a_shape_takes_no_more_of_a_gpu_than_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    if device == "cuda":
+        say_gpu(monkeypatch)
+    sessions: list[ort.InferenceSession] = []
+    opened = ort.InferenceSession.__init__
+
+    def remember(self: ort.InferenceSession, *args: Any, **options: Any) -> None:
+        sessions.append(self)
+        opened(self, *args, **options)
+
+    monkeypatch.setattr(ort.InferenceSession, "__init__", remember)
+    OnnxBackend(models.linear(tmp_path / "m.onnx"), RuntimeOptions(device), models.LINEAR)
+    # A pattern of a shape's allocations is one more block, taken from its second run on.
+    assert sessions[0].get_session_options().enable_mem_pattern is (device == "cpu")
+
+
 @no_gpu
 def test_auto_runs_on_the_cpu_without_a_gpu(tmp_path: Path) -> None:
     backend = OnnxBackend(models.linear(tmp_path / "m.onnx"), RuntimeOptions("auto"), models.LINEAR)
@@ -213,18 +243,13 @@ def test_a_provider_that_does_not_start_is_no_silent_fallback(
 def test_weights_beyond_the_limit_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, exact: bool
 ) -> None:
-    # ONNX Runtime runs on the CPU here; it is said to be on a GPU, of which it holds 600 MiB.
+    # It holds 600 MiB of the GPU.
     class Full(FakeMeter):
         def __init__(self, limit_bytes: int | None) -> None:
             super().__init__(limit_bytes)
             self.fixed_bytes, self.exact = 600 << 20, exact
 
-    monkeypatch.setattr(onnx_providers, "require_cuda", lambda asked: None)
-    monkeypatch.setattr(backend_module, "DriverMeter", Full)
-    here = ort.InferenceSession.get_providers
-    monkeypatch.setattr(
-        ort.InferenceSession, "get_providers", lambda s: ["CUDAExecutionProvider", *here(s)]
-    )
+    say_gpu(monkeypatch, Full)
     model = models.linear(tmp_path / "m.onnx")
     OnnxBackend(model, RuntimeOptions("cuda", memory_limit_bytes=600 << 20), models.LINEAR)
     assert "does not fit" not in caplog.text

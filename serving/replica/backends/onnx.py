@@ -228,7 +228,7 @@ def _open(
     try:
         session = ort.InferenceSession(
             str(model),
-            session_options(options.onnx),
+            session_options(options.onnx, on_gpu=meter is not None),
             providers=with_options(providers, limit),
             # By default it answers what fails on a GPU, a load or any later run, by a new session
             # on the CPU and a line on standard output.
@@ -252,7 +252,7 @@ def _open(
     return session
 
 
-def session_options(settings: Mapping[str, Any]) -> ort.SessionOptions:
+def session_options(settings: Mapping[str, Any], *, on_gpu: bool = False) -> ort.SessionOptions:
     """What a replica gives its session; `settings` are the fields of `OnnxConfig`."""
     import onnxruntime as ort
 
@@ -272,6 +272,9 @@ def session_options(settings: Mapping[str, Any]) -> ort.SessionOptions:
     # Idle pool threads sleep instead of spinning: the gateway shares these cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # A shape's second run would take one block for all that the first took piece by piece, beside
+    # these: more than a warm-up has measured.
+    options.enable_mem_pattern = not on_gpu
     # Weights are allocated at their size, not in the arena, which rounds up.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return options
