@@ -56,7 +56,6 @@ _ELEMENT_TYPES: Final[Mapping[str, tuple[str, int]]] = {
     "tensor(bfloat16)": ("BF16", 16),
 }
 _ONNX_TYPE: Final = dict(_ELEMENT_TYPES.values())
-_MAX_BINDINGS: Final = 16
 
 
 class OnnxBackend:
@@ -91,26 +90,18 @@ class OnnxBackend:
                 f"{model}: BYTES inputs with BF16 outputs: ONNX Runtime's Python interface has no "
                 "call that takes the one and gives the other"
             )
-        self._bound: BoundSession | None = None
-        if self.device != "cpu" and "BYTES" not in types:
-            self._bound = BoundSession(self._session, declared, "cuda", 0)
+        self._run_options: ort.RunOptions | None = None
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """See `Backend.run`."""
         try:
-            if self._bound is not None:
-                return self._bound.run(inputs)
-            if self._plain:
-                feed = dict(zip(self._input_names, inputs, strict=True))
-                outputs: list[Array] = self._session.run(self._output_names, feed)
-                return outputs
-            return self._run_converted(inputs)
+            return self._run(inputs)
         except Exception as error:
             fault = meaning(error, self.device)
             if fault is None:
                 raise
-        if self._bound is not None and isinstance(fault, MemoryExhausted):
-            self._bound.shed()
+        if self.device != "cpu" and isinstance(fault, MemoryExhausted):
+            self._shed()
         raise fault
 
     def check(self) -> None:
@@ -123,8 +114,26 @@ class OnnxBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._bound = None
         del self._session
+
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        # Inputs go to the device within the run, into the session's arena. An OrtValue made on the
+        # device before would lie in one of the process, which knows no limit and is never shrunk.
+        if self._plain:
+            feed = dict(zip(self._input_names, inputs, strict=True))
+            outputs: list[Array] = self._session.run(self._output_names, feed, self._run_options)
+            return outputs
+        return self._run_converted(inputs)
+
+    def _shed(self) -> None:
+        """Have the arena give back after each run from now on.
+
+        An arena that ran full is in pieces, of which none may be large enough for a smaller run.
+        """
+        import onnxruntime as ort
+
+        self._run_options = ort.RunOptions()
+        self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
 
     def _run_converted(self, inputs: Sequence[Array]) -> list[Array]:
         """Run with what numpy and ONNX Runtime do not share: BF16 as OrtValues, BYTES as text."""
@@ -135,86 +144,16 @@ class OnnxBackend:
             )
         }
         if "BF16" not in self._output_types:
-            outputs = self._session.run(self._output_names, feed)
+            outputs = self._session.run(self._output_names, feed, self._run_options)
             return [
                 _from_text(out) if datatype == "BYTES" else out
                 for out, datatype in zip(outputs, self._output_types, strict=True)
             ]
-        values = self._session.run_with_ort_values(self._output_names, feed)
+        values = self._session.run_with_ort_values(self._output_names, feed, self._run_options)
         return [
             _from_text(v.numpy()) if t == "BYTES" else _copy_out(v, t)
             for v, t in zip(values, self._output_types, strict=True)
         ]
-
-
-class BoundSession:
-    """Runs a session through IO binding: inputs copied into device buffers that are kept per shape.
-
-    A buffer that stays at one address saves an allocation a run. Outputs are bound to the host, so
-    that ONNX Runtime copies them back inside the run. Works on "cpu" as well, which is how it is
-    tested.
-    """
-
-    def __init__(
-        self, session: ort.InferenceSession, signature: Signature, device: str, device_id: int
-    ) -> None:
-        self._session = session
-        self._signature = signature
-        self._device, self._device_id = device, device_id
-        self._bindings: dict[tuple[tuple[int, ...], ...], tuple[Any, list[Any]]] = {}
-        self._options: Any = None
-
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """See `Backend.run`; no BYTES."""
-        shapes = tuple(a.shape for a in inputs)
-        bound = self._bindings.get(shapes)
-        if bound is None:
-            bound = self._bind(shapes)
-        binding, values = bound
-        for value, array in zip(values, inputs, strict=True):
-            value.update_inplace(array)
-        self._session.run_with_iobinding(binding, self._options)
-        binding.synchronize_outputs()
-        return [
-            _copy_out(value, spec.datatype)
-            for value, spec in zip(binding.get_outputs(), self._signature.outputs, strict=True)
-        ]
-
-    def shed(self) -> None:
-        """Free the buffers of every shape, and have the arena give back after each run from now on.
-
-        An arena that ran full is in pieces, of which none may be large enough for a smaller run.
-        """
-        import onnxruntime as ort
-
-        self._bindings.clear()
-        self._options = ort.RunOptions()
-        arena = "gpu" if self._device == "cuda" else self._device
-        self._options.add_run_config_entry(
-            "memory.enable_memory_arena_shrinkage", f"{arena}:{self._device_id}"
-        )
-
-    @property
-    def shapes_kept(self) -> int:
-        """How many shapes have buffers of their own."""
-        return len(self._bindings)
-
-    def _bind(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, list[Any]]:
-        import onnxruntime as ort
-
-        if len(self._bindings) >= _MAX_BINDINGS:
-            self._bindings.pop(next(iter(self._bindings)))
-        binding, values = self._session.io_binding(), []
-        for spec, shape in zip(self._signature.inputs, shapes, strict=True):
-            value = ort.OrtValue.ortvalue_from_shape_and_type(
-                list(shape), _ONNX_TYPE[spec.datatype], self._device, self._device_id
-            )
-            binding.bind_ortvalue_input(spec.name, value)
-            values.append(value)
-        for spec in self._signature.outputs:
-            binding.bind_output(spec.name, "cpu")
-        self._bindings[shapes] = binding, values
-        return binding, values
 
 
 def _open(
