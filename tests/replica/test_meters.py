@@ -67,9 +67,8 @@ class Process:
     def uses(self, mib: int) -> None:
         self.nvml.set("0", memory=f"{80 * GIB} 0 {mib * _MIB}")
 
-    def holds(self, mib: int | None) -> None:
-        held = "-" if mib is None else str(mib * _MIB)
-        self.nvml.set("0", processes=f"1:{5 * GIB} {self.child.pid}:{held}")
+    def holds(self, mib: int) -> None:
+        self.nvml.set("0", processes=f"1:{5 * GIB}", own_process=str(mib * _MIB))
 
 
 @pytest.fixture
@@ -143,26 +142,50 @@ def test_a_meter_reads_what_the_process_holds(process: Callable[..., Process]) -
     meter = gpu.ask("meter(10**9)")
     assert meter["uuid"] == f"GPU-{_BARE_UUID}"
     assert (meter["device_type"], meter["limit_bytes"]) == ("Fake GPU", 10**9)
-    assert meter["context_bytes"] == 500 * _MIB
+    assert (meter["exact"], meter["context_bytes"]) == (True, 500 * _MIB)
     gpu.holds(900)
     gpu.uses(60_000)
     assert gpu.ask("state['meter'].held_bytes()") == 900 * _MIB
     assert gpu.ask("state['meter'].peak_bytes()") == 900 * _MIB
 
 
-@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("processes", "own"),
+    [
+        ("1:1000", ""),
+        # NVML knows the process, but not what it holds.
+        ("1:1000", str(2**64 - 1)),
+        # Of another PID namespace, a process has the same number.
+        ("{pid}:1000", ""),
+        ("{pid}:1000", "2000"),
+    ],
+)
 def test_without_its_process_it_reads_what_the_gpu_holds_more(
-    process: Callable[..., Process], listed: bool
+    process: Callable[..., Process], processes: str, own: str
 ) -> None:
     gpu = process()
     gpu.uses(6000)
-    if listed:
-        gpu.holds(None)
-    assert gpu.ask("meter()")["context_bytes"] == 0
+    gpu.nvml.set("0", processes=processes.format(pid=gpu.child.pid))
+    if own:
+        gpu.nvml.set("0", own_process=own)
+    meter = gpu.ask("meter()")
+    assert (meter["exact"], meter["context_bytes"]) == (False, 0)
     gpu.uses(7000)
     assert gpu.ask("state['meter'].held_bytes()") == 1000 * _MIB
     gpu.uses(5000)
     assert gpu.ask("state['meter'].held_bytes()") == 0
+
+
+def test_what_nvml_no_longer_tells_is_not_taken_for_nothing(
+    process: Callable[..., Process],
+) -> None:
+    gpu = process()
+    gpu.uses(6000)
+    gpu.holds(500)
+    gpu.ask("meter()")
+    gpu.nvml.set("0", processes_error="999")
+    sentence = f"NVML does not tell any more what this process holds of GPU-{_BARE_UUID}"
+    assert gpu.ask("state['meter'].held_bytes()") == {"error": sentence}
 
 
 def test_a_slice_is_known_by_its_own_uuid(process: Callable[..., Process]) -> None:
