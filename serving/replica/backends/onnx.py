@@ -55,6 +55,8 @@ _ELEMENT_TYPES: Final[Mapping[str, tuple[str, int]]] = {
     "tensor(uint64)": ("UINT64", 13),
     "tensor(bfloat16)": ("BF16", 16),
 }
+# How ONNX Runtime refuses a run after which it was to shrink an arena that it does not find.
+_NO_ARENA: Final = "in the memory arena shrink list"
 _ONNX_TYPE: Final = dict(_ELEMENT_TYPES.values())
 
 
@@ -91,16 +93,17 @@ class OnnxBackend:
                 "call that takes the one and gives the other"
             )
         self._run_options: ort.RunOptions | None = None
+        self._can_shrink = True
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """See `Backend.run`."""
         try:
-            return self._run(inputs)
+            return self._run_or_keep(inputs)
         except Exception as error:
             fault = meaning(error, self.device)
             if fault is None:
                 raise
-        if self.device != "cpu" and isinstance(fault, MemoryExhausted):
+        if self.device != "cpu" and self._can_shrink and isinstance(fault, MemoryExhausted):
             self._shed()
         raise fault
 
@@ -115,6 +118,20 @@ class OnnxBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         del self._session
+
+    def _run_or_keep(self, inputs: Sequence[Array]) -> list[Array]:
+        """`_run`; again with memory kept, where ONNX Runtime finds no arena to shrink after it."""
+        try:
+            return self._run(inputs)
+        except Exception as error:
+            if self._run_options is None or _NO_ARENA not in str(error):
+                raise
+        self._run_options, self._can_shrink = None, False
+        _log.warning(
+            "ONNX Runtime has no arena on the GPU that it could shrink: what a run has taken, this "
+            "replica keeps"
+        )
+        return self._run(inputs)
 
     def _run(self, inputs: Sequence[Array]) -> list[Array]:
         # Inputs go to the device within the run, into the session's arena. An OrtValue made on the
