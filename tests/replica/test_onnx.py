@@ -220,6 +220,57 @@ def test_inputs_lie_in_no_memory_of_a_gpu_but_the_sessions(
 
 
 @no_gpu
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_model_whose_nodes_stay_on_the_cpu_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+) -> None:
+    # As with operators that CUDA has no kernels of: the provider is there, and nothing runs on it.
+    if device == "cuda":
+        say_gpu(monkeypatch)
+    model = models.linear(tmp_path / "m.onnx")
+    OnnxBackend(model, RuntimeOptions(device), models.LINEAR)
+    said = [f"{model}: 1 of 1 nodes run on the CPU: MatMul"]
+    assert caplog.messages == (said if device == "cuda" else [])
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("named", "chosen"),
+    [
+        (["tensorrt"], ["Tensorrt", "CUDA", "CPU"]),
+        (["cuda"], ["CUDA", "CPU"]),
+        (["tensorrt", "cpu"], ["Tensorrt", "CPU"]),
+        (["tensorrt", "cuda", "cpu"], ["Tensorrt", "CUDA", "CPU"]),
+    ],
+)
+def test_what_tensorrt_does_not_take_goes_to_cuda(
+    monkeypatch: pytest.MonkeyPatch, named: list[str], chosen: list[str]
+) -> None:
+    monkeypatch.setattr(onnx_providers, "require_cuda", lambda asked: None)
+    options = RuntimeOptions("auto", onnx={"providers": named})
+    found = onnx_providers.choose_providers(options)
+    assert found == [f"{name}ExecutionProvider" for name in chosen]
+
+
+@no_gpu
+def test_a_first_provider_that_does_not_start_is_missed_where_the_second_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say_gpu(monkeypatch)
+    model = models.linear(tmp_path / "m.onnx")
+    # TensorRT's libraries are missing as well, which the session would notice before.
+    monkeypatch.setattr(ort.InferenceSession, "_register_ep_custom_ops", lambda *args: None)
+    options = RuntimeOptions("auto", onnx={"providers": ["tensorrt"]})
+    with pytest.raises(
+        DeviceError, match=r"onnx\.providers: tensorrt: .* Tensorrt\w* did not start"
+    ):
+        OnnxBackend(model, options, models.LINEAR)
+
+
+@no_gpu
 def test_auto_runs_on_the_cpu_without_a_gpu(tmp_path: Path) -> None:
     backend = OnnxBackend(models.linear(tmp_path / "m.onnx"), RuntimeOptions("auto"), models.LINEAR)
     assert (backend.device, backend.precision) == ("cpu", "FP32")

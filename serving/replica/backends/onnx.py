@@ -28,8 +28,10 @@ from serving.replica.backends.meters import DriverMeter, Meter
 from serving.replica.backends.onnx_cuda import preload_libraries
 from serving.replica.backends.onnx_providers import (
     PROVIDERS,
+    RECORD_NODES,
     asked_for,
     choose_providers,
+    log_nodes_on_cpu,
     with_options,
 )
 
@@ -197,13 +199,14 @@ def _open(
         if fault is not None and meter is not None:
             raise does_not_fit(model, meter, fault.requested_bytes) from error
         raise ArtifactError(f"{model}: ONNX Runtime cannot load it: {one_line(error)}") from error
-    if meter is not None and session.get_providers()[0] == PROVIDERS["cpu"]:
-        # ONNX Runtime only logs that a provider did not come up, and runs on the CPU.
+    if meter is not None and session.get_providers()[0] != providers[0]:
+        # ONNX Runtime only logs that a provider did not come up, and runs on the next.
         if options.device != "auto" or options.onnx.get("providers"):
             detail = f"{providers[0]} did not start" + (f" ({missing[:300]})" if missing else "")
             raise refused_by_runtime(asked_for(options), "ONNX Runtime", detail)
         _log.warning("a GPU is there but %s did not start: running on the CPU", providers[0])
     elif meter is not None:
+        log_nodes_on_cpu(model, session)
         require_loaded_within_limit(model, meter)
     return session
 
@@ -231,6 +234,7 @@ def session_options(settings: Mapping[str, Any], *, on_gpu: bool = False) -> ort
     # A shape's second run would take one block for all that the first took piece by piece, beside
     # these: more than a warm-up has measured.
     options.enable_mem_pattern = not on_gpu
+    options.add_session_config_entry(RECORD_NODES, "1" if on_gpu else "0")
     # Weights are allocated at their size, not in the arena, which rounds up.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return options

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from serving.errors import DeviceError
 from serving.replica.backends.base import RuntimeOptions
 from serving.replica.backends.cuda import missing_cuda, old_driver, require_cuda, require_driver
 
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
 _log = logging.getLogger(__name__)
+
+RECORD_NODES: Final = "session.record_ep_graph_assignment_info"
+"""The session option by which a session knows which node runs on which provider."""
 
 PROVIDERS: Final = {
     "tensorrt": "TensorrtExecutionProvider",
@@ -34,13 +41,20 @@ def choose_providers(options: RuntimeOptions) -> list[str]:
             )
         if wants_gpu:
             _require_gpu(options)
-        chosen = [PROVIDERS[name] for name in named]
-        return chosen if PROVIDERS["cpu"] in chosen else [*chosen, PROVIDERS["cpu"]]
+        return [PROVIDERS[name] for name in _completed(named)]
     if options.device == "cuda":
         _require_gpu(options)
     if options.device == "cpu" or (options.device == "auto" and not _gpu_for_auto()):
         return [PROVIDERS["cpu"]]
     return [PROVIDERS["cuda"], PROVIDERS["cpu"]]
+
+
+def _completed(named: Sequence[str]) -> list[str]:
+    """With what takes the nodes that the last of them cannot run."""
+    if "cpu" in named:
+        return list(named)
+    # What TensorRT leaves would run on the CPU otherwise, and wait for a copy each time.
+    return [*named, *(["cuda"] if "cuda" not in named else []), "cpu"]
 
 
 def _require_gpu(options: RuntimeOptions) -> None:
@@ -64,6 +78,22 @@ def asked_for(options: RuntimeOptions) -> str:
     """The setting that asks for a GPU, as an error names it."""
     named = options.onnx.get("providers")
     return f"onnx.providers: {', '.join(named)}" if named else f"device: {options.device}"
+
+
+def log_nodes_on_cpu(model: Path, session: ort.InferenceSession) -> None:
+    """Say which nodes run on the CPU though the model is on a GPU; see `RECORD_NODES`.
+
+    ONNX Runtime puts some there on purpose, as the arithmetic of shapes, and all operators of which
+    a provider has no kernel.
+    """
+    nodes = {g.ep_name: g.get_nodes() for g in session.get_provider_graph_assignment_info()}
+    on_cpu = nodes.get(PROVIDERS["cpu"], ())
+    if not on_cpu:
+        return
+    total = sum(map(len, nodes.values()))
+    level = logging.WARNING if 2 * len(on_cpu) >= total else logging.INFO
+    kinds = ", ".join(sorted({node.op_type for node in on_cpu}))
+    _log.log(level, "%s: %d of %d nodes run on the CPU: %s", model, len(on_cpu), total, kinds)
 
 
 def with_options(providers: Sequence[str], limit_bytes: int | None) -> list[Any]:
