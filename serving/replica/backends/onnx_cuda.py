@@ -1,4 +1,4 @@
-"""What ONNX Runtime's CUDA provider needs of its surroundings. With `onnx`, who imports it."""
+"""CUDA's and cuDNN's libraries, loaded for ONNX Runtime from where their wheels lie."""
 
 from __future__ import annotations
 
