@@ -14,12 +14,12 @@ import pytest
 from models.zoo.catalogue import build
 from serving import compose
 from tests.e2e.deployment import Deployment, register
-from tests.fake_nvml.fixtures import fake_nvml, nvml_here, nvml_library
+from tests.fake_nvml.fixtures import cuda_library, fake_nvml, nvml_here, nvml_library
 
 # A shell that runs the tests in the background ignores Ctrl-C for them and all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-__all__ = ["fake_nvml", "nvml_here", "nvml_library"]
+__all__ = ["cuda_library", "fake_nvml", "nvml_here", "nvml_library"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ import pynvml
 
 from serving.core.gpus import Gpu, GpuProcess, GpuSample, XidEvent, visible
 from serving.errors import DeviceError
+
+_log = logging.getLogger(__name__)
 
 VISIBLE_DEVICES: Final = "CUDA_VISIBLE_DEVICES"
 
@@ -35,6 +38,18 @@ _NO_THROTTLE: Final = (
     pynvml.nvmlClocksEventReasonGpuIdle
     | pynvml.nvmlClocksEventReasonApplicationsClocksSetting
     | pynvml.nvmlClocksEventReasonDisplayClockSetting
+)
+# It can be used no more until it is reset, or ever.
+_BROKEN: Final = (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired)
+# Why NVML may rightly not tell the memory of a device. After any other error nobody knows what is
+# free on it.
+_NOT_TOLD: Final = (
+    pynvml.NVMLError_NotSupported,
+    pynvml.NVMLError_FunctionNotFound,
+    pynvml.NVMLError_ArgumentVersionMismatch,
+    pynvml.NVMLError_NoPermission,
+    pynvml.NVMLError_NotFound,
+    pynvml.NVMLError_InvalidArgument,
 )
 
 
@@ -68,6 +83,8 @@ class Nvml:
         self._visible = os.environ.get(VISIBLE_DEVICES)
         self._handles: dict[str, Any] = {}
         self._known: dict[int, list[Gpu]] = {}
+        self._sizes: dict[str, int] = {}
+        self._silent: set[int] = set()
         self._events: Any = None
 
     @classmethod
@@ -102,14 +119,21 @@ class Nvml:
         except pynvml.NVMLError as error:
             raise DeviceError(f"NVML does not count its GPUs: {error}") from error
         for index in range(count):
-            with contextlib.suppress(_Lost):
+            try:
                 self._known[index] = list(self._look(index))
+                self._silent.discard(index)
+            except _Lost as error:
+                if index not in self._silent:
+                    _log.warning("GPU %d does not answer: %s", index, error.__cause__)
+                self._silent.add(index)
         found = [gpu for index in sorted(self._known) for gpu in self._known[index]]
         return visible(found, self._visible)
 
     def sample(self, gpu: Gpu) -> GpuSample:
         """What is measured on one of `gpus` now."""
         now = time.time()
+        if gpu.index in self._silent:
+            return GpuSample(now, lost=True)
         try:
             return _measure(self._handles[gpu.uuid], now)
         except _Lost:
@@ -156,13 +180,15 @@ class Nvml:
     ) -> Gpu:
         uuid = str(_must(pynvml.nvmlDeviceGetUUID, handle))
         self._handles[uuid] = handle
-        memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+        with contextlib.suppress(_Lost):  # that, its sample says
+            if (memory := _memory(handle)) is not None:
+                self._sizes[uuid] = int(memory.total)
         return Gpu(
             uuid,
             self._node,
             index,
             name=str(_ask(pynvml.nvmlDeviceGetName, handle) or "NVIDIA GPU"),
-            memory_bytes=None if memory is None else int(memory.total),
+            memory_bytes=self._sizes.get(uuid),
             pci=_pci(handle) if parent is None else parent.pci,
             mig_parent=None if parent is None else parent.uuid,
             divided=divided,
@@ -182,10 +208,10 @@ class Nvml:
 
 
 def _measure(handle: Any, now: float) -> GpuSample:
-    memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle, version=pynvml.nvmlMemory_v2)
+    memory = _memory(handle, version=pynvml.nvmlMemory_v2)
     reserved = memory.reserved if memory is not None else None
     if memory is None:
-        memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+        memory = _memory(handle)
     rates = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)
     remapped = _ask(pynvml.nvmlDeviceGetRemappedRows, handle)
     return GpuSample(
@@ -204,6 +230,16 @@ def _measure(handle: Any, now: float) -> GpuSample:
         remap_failure=None if remapped is None else bool(remapped[3]),
         processes=_processes(handle),
     )
+
+
+def _memory(handle: Any, **options: Any) -> Any:
+    """Its memory, or None where NVML does not tell it. Raises `_Lost` after any other error."""
+    try:
+        return pynvml.nvmlDeviceGetMemoryInfo(handle, **options)
+    except _NOT_TOLD:
+        return None
+    except pynvml.NVMLError as error:
+        raise _Lost from error
 
 
 def _pci(handle: Any) -> str | None:
@@ -273,7 +309,7 @@ def _ask(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """What NVML answers, or None where it does not. Raises `_Lost`."""
     try:
         return call(*args, **options)
-    except pynvml.NVMLError_GpuIsLost as error:
+    except _BROKEN as error:
         raise _Lost from error
     except pynvml.NVMLError:
         return None

@@ -30,14 +30,18 @@ _STYLES: Final = {"ok": "green", "warn": "yellow", "fail": "red"}
 _RAY: Final = "import ray, json; print(json.dumps({'version': ray.__version__}))"
 _TORCH: Final = """
 import json, torch
+from serving.replica.backends.cuda import old_driver
 cuda = torch.cuda.is_available()
 names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
-print(json.dumps({"version": torch.__version__, "built": torch.version.cuda, "devices": names}))
+print(json.dumps({"version": torch.__version__, "built": torch.version.cuda, "devices": names,
+                  "old_driver": old_driver("torch", torch.version.cuda)}))
 """
 _ORT: Final = """
 import json, onnxruntime
+from serving.replica.backends.cuda import old_driver
 print(json.dumps({"version": onnxruntime.__version__,
-                  "providers": onnxruntime.get_available_providers()}))
+                  "providers": onnxruntime.get_available_providers(),
+                  "old_driver": old_driver("ONNX Runtime", onnxruntime.cuda_version)}))
 """
 _NVML: Final = """
 import json
@@ -142,7 +146,8 @@ def _torch() -> tuple[Finding, list[str]]:
         return Finding("torch", "fail", error, advice), []
     built = f"built for CUDA {found['built']}" if found["built"] else "CPU build"
     devices = ", ".join(found["devices"]) or "no CUDA device"
-    return Finding("torch", "ok", f"{found['version']}, {built}, {devices}"), found["devices"]
+    fact = f"{found['version']}, {built}, {devices}"
+    return _with_driver("torch", fact, found["old_driver"]), found["devices"]
 
 
 def _onnxruntime(devices: list[str]) -> Finding:
@@ -155,7 +160,14 @@ def _onnxruntime(devices: list[str]) -> Finding:
     if devices and "CUDA" not in short:
         advice = "There is a GPU, but ONNX models would run on the CPU: install onnxruntime-gpu"
         return Finding("ONNX Runtime", "warn", fact, advice)
-    return Finding("ONNX Runtime", "ok", fact)
+    return _with_driver("ONNX Runtime", fact, found["old_driver"])
+
+
+def _with_driver(runtime: str, fact: str, old: str | None) -> Finding:
+    if old is None:
+        return Finding(runtime, "ok", fact)
+    advice = "Update the driver, or install builds for its CUDA"
+    return Finding(runtime, "warn", f"{fact}; {old}", advice)
 
 
 def _nvml(devices: list[str]) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ the bundle's files, with the safety margin.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from serving.control.gpus import Standing
 from serving.control.leases import Lease
@@ -48,8 +48,25 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
+    """`ceiling` is what fitted into leases of up to `lease_bytes`: of larger ones it tells nothing.
+
+    0 bytes where the lease is not known.
+    """
+
     profile: MemoryProfile
     ceiling: int | None
+    lease_bytes: int
+
+    def after(self, profile: MemoryProfile, ceiling: int | None, lease_bytes: int) -> _Known:
+        """With the newest profile, and the lowest ceiling of those seen with the largest lease.
+
+        The first lease is an estimate: what ran out of it may well fit into one that was measured.
+        """
+        if lease_bytes > self.lease_bytes:
+            return _Known(profile, ceiling, lease_bytes)
+        if lease_bytes == self.lease_bytes and ceiling is not None:
+            return replace(self, profile=profile, ceiling=min(ceiling, self.ceiling or ceiling))
+        return replace(self, profile=profile)
 
 
 @dataclass
@@ -63,24 +80,27 @@ class Needs:
     artifact_bytes: Callable[[str], int | None]
     _known: dict[str, dict[tuple[str, str], _Known]] = field(default_factory=dict)
 
-    def learn(self, digest: str, profile: MemoryProfile, ceiling: int | None = None) -> bool:
-        """Go by what was measured; whether anything is new.
+    def learn(
+        self, digest: str, profile: MemoryProfile, ceiling: int | None = None, lease_bytes: int = 0
+    ) -> bool:
+        """Go by what a replica measured with a lease of `lease_bytes`; whether anything is new.
 
-        Of one type of device the newest profile counts, and the lowest ceiling.
+        Of one type of device the newest profile counts, and the ceiling of the largest lease.
         """
         known = self._known.setdefault(digest, {})
         key = profile.device_type, profile.runtime
         before = known.get(key)
-        if before is not None and before.ceiling is not None:
-            ceiling = min(before.ceiling, ceiling or before.ceiling)
-        known[key] = _Known(profile, ceiling)
+        if before is None:
+            known[key] = _Known(profile, ceiling, lease_bytes)
+        else:
+            known[key] = before.after(profile, ceiling, lease_bytes)
         return known[key] != before
 
     def rows(self, digest: str) -> list[ProfileRow]:
         """What is known of a bundle, for the store."""
         return [
-            ProfileRow(digest, kind, runtime, known.profile.to_dict(), known.ceiling)
-            for (kind, runtime), known in self._known.get(digest, {}).items()
+            ProfileRow(digest, kind, runtime, k.profile.to_dict(), k.ceiling, k.lease_bytes)
+            for (kind, runtime), k in self._known.get(digest, {}).items()
         ]
 
     def ceilings(self, digest: str) -> dict[str, int]:
@@ -90,6 +110,15 @@ class Needs:
             if known.ceiling is not None:
                 found[kind] = min(found.get(kind, known.ceiling), known.ceiling)
         return found
+
+    def ceiling(self, digest: str, device_type: str, lease_bytes: int) -> int | None:
+        """The most rows that fit into a lease of `lease_bytes`; None where that is not known."""
+        found = [
+            known.ceiling
+            for (kind, _), known in self._known.get(digest, {}).items()
+            if kind == device_type and known.ceiling and lease_bytes <= known.lease_bytes
+        ]
+        return min(found, default=None)
 
     def of(self, replica: ReplicaSpec, device_types: Iterable[str]) -> Need:
         """What a replica needs on the worst of `device_types`."""

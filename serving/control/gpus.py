@@ -1,8 +1,8 @@
 """The GPUs of all nodes: what their agents said last, who runs where, and which are cordoned.
 
 Nothing new starts on a cordoned GPU, and what runs there moves (`control/mover.py`). A person
-cordons one, or the controller does: after an error of its hardware, and after two fatal CUDA errors
-within an hour, for which no one error number tells whether the model or the GPU is at fault.
+cordons one, or the controller does: after an error of its hardware, and after two errors of its
+firmware or two fatal CUDA errors within an hour. One alone does not tell that the GPU is at fault.
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ class Gpus:
         for uuid in dict.fromkeys([*(g.uuid for g, _ in report.gpus), *(e.uuid for e in fresh)]):
             sample = next((s for g, s in report.gpus if g.uuid == uuid), None)
             events = [event for event in fresh if event.uuid == uuid]
+            earlier = [e for e in self._xids.get(uuid, ()) if e not in events]
             # An error may come before the first measurement.
-            found = faults(old.get(uuid), sample or GpuSample(0.0), events)
+            found = faults(old.get(uuid), sample or GpuSample(0.0), events, earlier)
             if found and uuid:
                 self._cordon_by_itself(uuid, "; ".join(found))
         self._nodes[report.node] = _Heard(report, self._clock.monotonic())

@@ -123,16 +123,17 @@ class LeaseBook:
         estimated: bool,
         now: float,
         unix: float,
-        ceiling: Callable[[str], int | None] = lambda _: None,
+        ceiling: Callable[[str, int], int | None] = lambda *_: None,
         later: Sequence[Device] = (),
     ) -> Lease:
         """Grant a share, or renew the one that the replica has.
 
         It is one that was planned for its node; where there is none, any that its node has room
-        for. `ceiling` gives the learned ceiling by type of device; `later` has the devices as they
-        will be without the processes of `released` leases. Raises `DeviceError` with the
-        numbers where there is no room, or where no wave names the application; `Unavailable` where
-        there will be room as soon as those are gone that are to go.
+        for. `ceiling` gives what was learned for a type of device and the bytes of a lease; `later`
+        has the devices as they will be without the processes of `released` leases. Raises
+        `DeviceError` with the numbers where there is no room, or where no wave names the
+        application; `Unavailable` where there will be room once those are
+        gone that are to go.
         """
         if self.renew(who.replica, now):
             return self._leases[who.replica]
@@ -141,7 +142,7 @@ class LeaseBook:
             raise DeviceError(f"{who.app} has no claim to a GPU: it is not to run")
         uuid = self._slot(who, demand, devices, waves, later or devices)
         device = next(d for d in devices if d.uuid == uuid)
-        total, most = device.memory_bytes, ceiling(device.type)
+        total, most = device.memory_bytes, ceiling(device.type, demand.bytes)
         terms = GpuLease(who.key, uuid, demand.bytes, total, most)
         lease = Lease(terms, who.app, who.replica, who.node, who.pid, estimated, unix, now)
         self._leases[who.replica] = lease

@@ -9,6 +9,7 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Final
 
@@ -325,7 +326,7 @@ class Placer:
             estimated=needs[app].estimated,
             now=self._clock.monotonic(),
             unix=self._clock.unix(),
-            ceiling=self._needs.ceilings(spec.replica.digest).get,
+            ceiling=partial(self._needs.ceiling, spec.replica.digest),
             later=self._vacated(),
         )
         return lease.terms
@@ -342,7 +343,8 @@ class Placer:
 
     def _learn(self, info: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
         digest, profile = str(info["digest"]), MemoryProfile.from_dict(raw)
-        if self._needs.learn(digest, profile, info.get("ceiling")):
+        within = int(info.get("lease_bytes") or 0)
+        if self._needs.learn(digest, profile, info.get("ceiling"), within):
             self._unsaved.add(digest)
 
     def _held(self, info: Mapping[str, Any], replica: str) -> Lease:
@@ -356,7 +358,8 @@ class Placer:
     def recall(self, rows: Iterable[ProfileRow]) -> None:
         """Take up what was learned before."""
         for row in rows:
-            self._needs.learn(row.digest, MemoryProfile.from_dict(row.profile), row.ceiling)
+            profile = MemoryProfile.from_dict(row.profile)
+            self._needs.learn(row.digest, profile, row.ceiling, row.lease_bytes)
 
     def unsaved(self) -> list[ProfileRow]:
         """What was learned since it was last `saved`."""

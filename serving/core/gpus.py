@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
 from typing import Any, Final
 
 SLOWDOWNS: Final = frozenset(
@@ -31,14 +32,28 @@ APPLICATION_XIDS: Final[Mapping[int, str]] = {
 
 HARDWARE_XIDS: Final[Mapping[int, str]] = {
     48: "double-bit ECC error",
-    63: "memory row remapped",
     64: "memory row not remapped",
     74: "NVLink error",
     79: "GPU has fallen off the bus",
     94: "contained ECC error",
     95: "uncontained ECC error",
+    140: "unrecovered ECC error",
 }
 """Errors of the GPU itself: nothing new is to start on it until a person has looked."""
+
+FIRMWARE_XIDS: Final[Mapping[int, str]] = {119: "GSP RPC timeout", 120: "GSP error"}
+"""Errors of the GPU's firmware. One may pass; one that comes again soon needs a reset."""
+
+OTHER_XIDS: Final[Mapping[int, str]] = {
+    **FIRMWARE_XIDS,
+    63: "memory row remapped",
+    154: "GPU recovery action changed",
+}
+"""Errors that say nothing by themselves. A row waits for a reset as long as `remap_pending`; what
+makes the driver advise another recovery has a number of its own."""
+
+_XIDS: Final[Mapping[int, str]] = {**APPLICATION_XIDS, **HARDWARE_XIDS, **OTHER_XIDS}
+_RECUR_S: Final = 3600.0
 
 
 class XidClass(enum.StrEnum):
@@ -164,7 +179,7 @@ class XidEvent:
     @property
     def sentence(self) -> str:
         """It in words."""
-        meaning = APPLICATION_XIDS.get(self.xid) or HARDWARE_XIDS.get(self.xid)
+        meaning = _XIDS.get(self.xid)
         return f"XID {self.xid} ({meaning})" if meaning else f"XID {self.xid}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,13 +249,14 @@ def xid_class(xid: int) -> XidClass:
 
 
 def condition(
-    sample: GpuSample | None, xids: Iterable[XidEvent] = (), silence: str = ""
+    sample: GpuSample | None, xids: Sequence[XidEvent] = (), silence: str = ""
 ) -> Condition:
-    """How well a GPU is by its last sample and its latest XID errors.
+    """How well a GPU is by its last sample and its latest XID errors, oldest first.
 
     `silence` says why there is no sample, where it is None.
     """
     found = [(Health.FAILED, e.sentence) for e in xids if e.kind is XidClass.HARDWARE]
+    found += [(Health.FAILED, sentence) for sentence in _wedged(xids)]
     if sample is None:
         found.append((Health.UNKNOWN, silence or "no measurement"))
     else:
@@ -267,12 +283,20 @@ def _signs(sample: GpuSample) -> Iterable[tuple[Health, str]]:
         yield Health.THROTTLED, f"throttled: {', '.join(slowed)}"
 
 
-def faults(before: GpuSample | None, after: GpuSample, xids: Iterable[XidEvent]) -> tuple[str, ...]:
+def faults(
+    before: GpuSample | None,
+    after: GpuSample,
+    xids: Sequence[XidEvent],
+    earlier: Sequence[XidEvent] = (),
+) -> tuple[str, ...]:
     """What happened to a GPU between two samples that makes it unfit, in words.
 
     `before` is None for the first sample: what was wrong before it is old, and shows as health.
+    `earlier` are its XID errors before `xids`, oldest first.
     """
     found = [e.sentence for e in xids if e.kind is XidClass.HARDWARE]
+    if any(e.xid in FIRMWARE_XIDS for e in xids):
+        found += _wedged((*earlier, *xids))
     if before is None:
         return tuple(found)
     if after.remap_failure and not before.remap_failure:
@@ -283,6 +307,13 @@ def faults(before: GpuSample | None, after: GpuSample, xids: Iterable[XidEvent])
     if old is not None and after.ecc_uncorrected is not None and after.ecc_uncorrected > old:
         found.append(f"uncorrected ECC errors rose from {old:.0f} to {after.ecc_uncorrected:.0f}")
     return tuple(found)
+
+
+def _wedged(xids: Iterable[XidEvent]) -> list[str]:
+    """In one sentence, that firmware errors have come again soon; nothing where they have not."""
+    pairs = pairwise(e for e in xids if e.xid in FIRMWARE_XIDS)
+    soon = (two for one, two in pairs if two.at - one.at <= _RECUR_S)
+    return [f"{e.sentence}: its firmware failed twice within an hour" for e in islice(soon, 1)]
 
 
 def visible(gpus: Sequence[Gpu], setting: str | None) -> list[Gpu]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-from serving.core.memory_profile import MemoryProfile
+from serving.core.memory_profile import MemoryProfile, format_need
 from serving.replica.backends.base import Array
 from serving.replica.backends.meters import Meter
 from serving.replica.engine import Engine
 from serving.replica.golden import run_at, warm_sizes, warm_up
+
+_log = logging.getLogger(__name__)
 
 
 def profiled_warm_up(engine: Engine, sample: Sequence[Array]) -> MemoryProfile | None:
@@ -27,13 +30,27 @@ def profiled_warm_up(engine: Engine, sample: Sequence[Array]) -> MemoryProfile |
     run_at(engine, sample, sizes[0])
     meter.restart()
     settled = meter.held_bytes()
+    peaks = _peaks(engine, sample, sizes, meter, settled)
+    _warn_beyond_limit(meter)
     return MemoryProfile(
         meter.device_type,
         engine.backend.platform,
         weights_bytes=max(0, loaded - meter.context_bytes),
         workspace_bytes=meter.context_bytes + max(0, settled - loaded),
-        buckets=_peaks(engine, sample, sizes, meter, settled),
+        buckets=peaks,
     )
+
+
+def _warn_beyond_limit(meter: Meter) -> None:
+    """Allocators keep to their limit; kernels and library handles come on top of it."""
+    if meter.limit_bytes is not None and (held := meter.held_bytes()) > meter.limit_bytes:
+        _log.warning(
+            "after its warm-up this replica holds %s of %s, and may hold %s: give the model more "
+            "(gpu_memory_bytes), or raise gpu.safety_margin",
+            format_need(held),
+            meter.device_type,
+            format_need(meter.limit_bytes),
+        )
 
 
 def _peaks(

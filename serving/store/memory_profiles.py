@@ -14,13 +14,17 @@ from serving.store.statements import upsert
 
 @dataclass(frozen=True, slots=True)
 class ProfileRow:
-    """What the bundle `digest` was measured to take: `MemoryProfile.to_dict`; a learned ceiling."""
+    """What the bundle `digest` was measured to take: `MemoryProfile.to_dict`; a learned ceiling.
+
+    The ceiling was learned within `lease_bytes`; 0 where that was not written down.
+    """
 
     digest: str
     device_type: str
     runtime: str
     profile: dict[str, Any]
     ceiling: int | None = None
+    lease_bytes: int = 0
 
 
 def read(db: Connection) -> list[ProfileRow]:

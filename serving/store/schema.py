@@ -142,7 +142,8 @@ gpu_fatal_errors: Final = Table(
     PrimaryKeyConstraint("uuid", "replica"),
 )
 
-# What a bundle was measured to take; `ceiling` is the most rows that it was seen to fit, if any.
+# What a bundle was measured to take; `ceiling` is the most rows that were seen to fit into
+# `lease_bytes`, if any.
 memory_profiles: Final = Table(
     "memory_profiles",
     metadata,
@@ -151,6 +152,7 @@ memory_profiles: Final = Table(
     Column("runtime", Text, nullable=False),
     Column("profile", JSON, nullable=False),
     Column("ceiling", Integer, nullable=True),
+    Column("lease_bytes", BigInteger, nullable=False),
     PrimaryKeyConstraint("digest", "device_type", "runtime"),
 )
 

@@ -128,13 +128,47 @@ def test_slices_come_after_their_gpu(nvml: Nvml, nvml_here: FakeNvml) -> None:
     assert (sample.utilization, sample.power_w, sample.energy_j) == (None, None, None)
 
 
-def test_a_gpu_that_is_lost_stays_in_the_list(nvml: Nvml, nvml_here: FakeNvml) -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"error": "15"},
+        {"error": "16"},
+        {"handle_error": "999"},
+        {"memory_error": "999"},
+    ],
+    ids=["lost", "waits for a reset", "has no handle", "does not tell its memory"],
+)
+def test_a_gpu_that_breaks_stays_in_the_list_and_does_not_look_empty(
+    nvml: Nvml, nvml_here: FakeNvml, caplog: pytest.LogCaptureFixture, broken: dict[str, str]
+) -> None:
     before = nvml.gpus()
-    nvml_here.set("1", lost="1")
-    assert nvml.gpus() == before
+    nvml_here.set("1", **broken)
+    assert nvml.gpus() == nvml.gpus() == before
     assert nvml.sample(before[1]).lost
     assert nvml.sample(before[1]).power_w is None
     assert not nvml.sample(before[0]).lost
+    said = [m for m in caplog.messages if m.startswith("GPU 1 ")]
+    assert len(said) == ("memory_error" not in broken), "once, not each second"
+    nvml_here.unset(*(f"1.{key}" for key in broken))
+    assert nvml.gpus() == before
+    assert not nvml.sample(before[1]).lost
+
+
+def test_a_gpu_that_was_broken_before_anyone_looked_is_no_gpu_without_memory(
+    nvml: Nvml, nvml_here: FakeNvml
+) -> None:
+    nvml_here.set("1", memory_error="999")
+    assert nvml.sample(nvml.gpus()[1]).lost
+
+
+@pytest.mark.parametrize("refused", ["3", "4", "13", "25"])
+def test_memory_that_nvml_may_not_tell_is_no_fault(
+    nvml: Nvml, nvml_here: FakeNvml, refused: str
+) -> None:
+    # Not supported, no permission (as of a whole GPU in MIG mode), or an older driver.
+    nvml_here.set("1", memory_error=refused)
+    sample = nvml.sample(nvml.gpus()[1])
+    assert (sample.lost, sample.memory_used, sample.power_w) == (False, None, 61.5)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +194,7 @@ def test_an_xid_error_has_its_gpu(nvml: Nvml, nvml_here: FakeNvml) -> None:
     uuids = [g.uuid for g in nvml.gpus()]
     assert nvml.watch()
     assert nvml.next_xid(0.0) is None
-    nvml_here.set("1", lost="1")
+    nvml_here.set("1", error="15")
     nvml_here.raise_xid(1, 79)
     nvml_here.raise_xid(0, 31)
     found = [nvml.next_xid(1.0), nvml.next_xid(1.0)]

@@ -167,9 +167,11 @@ def findings(fake: FakeNvml, home: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_doctor_looks_at_every_gpu(
-    fake_nvml: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_nvml: FakeNvml, cuda_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(cuda_library))
+    monkeypatch.setenv("FAKE_CUDA_DRIVER", "12040")
     uuid = fake_nvml.slice(0, 2, "9 0")
     fake_nvml.set("1", remapped="0 3 0 1")
     found = findings(fake_nvml, tmp_path)
@@ -181,3 +183,7 @@ def test_doctor_looks_at_every_gpu(
     assert found["GPU 1"]["verdict"] == "warn"
     assert "failed, a memory row could not be remapped" in found["GPU 1"]["fact"]
     assert "serving gpus cordon" in found["GPU 1"]["advice"]
+    runtime = found["ONNX Runtime"]
+    assert runtime["verdict"] == "warn"
+    assert "the NVIDIA driver supports CUDA 12.4; ONNX Runtime is built for" in runtime["fact"]
+    assert runtime["advice"].startswith("Update the driver")

@@ -115,13 +115,35 @@ def test_a_need_is_that_of_the_worst_type_that_is_there():
     assert needs.of(spec(), ["NVIDIA A10G"]).bytes == 2000
 
 
-def test_the_lowest_ceiling_stays():
+def test_the_lowest_ceiling_of_a_lease_stays():
     needs = Needs(0.0, lambda _: None)
-    assert needs.learn("digest", profile("NVIDIA L4", 1), None)
-    assert needs.ceilings("digest").get("NVIDIA L4") is None
-    assert needs.learn("digest", profile("NVIDIA L4", 1), 16)
-    assert not needs.learn("digest", profile("NVIDIA L4", 1), 24)
-    assert not needs.learn("digest", profile("NVIDIA L4", 1), None)
-    assert needs.ceilings("digest").get("NVIDIA L4") == 16
-    assert needs.ceilings("digest").get("NVIDIA H100") is None
-    assert [row.ceiling for row in needs.rows("digest")] == [16]
+    assert needs.learn("digest", profile("NVIDIA L4", 1), None, 5 * GIB)
+    assert needs.ceiling("digest", "NVIDIA L4", 5 * GIB) is None
+    assert needs.learn("digest", profile("NVIDIA L4", 1), 16, 5 * GIB)
+    assert not needs.learn("digest", profile("NVIDIA L4", 1), 24, 5 * GIB)
+    assert not needs.learn("digest", profile("NVIDIA L4", 1), None, 5 * GIB)
+    assert needs.ceiling("digest", "NVIDIA L4", 5 * GIB) == 16
+    assert needs.ceiling("digest", "NVIDIA L4", 4 * GIB) == 16
+    assert needs.ceiling("digest", "NVIDIA H100", 5 * GIB) is None
+    assert [(row.ceiling, row.lease_bytes) for row in needs.rows("digest")] == [(16, 5 * GIB)]
+
+
+def test_what_ran_out_of_a_small_lease_puts_no_limit_on_a_larger_one():
+    needs = Needs(0.0, lambda _: None)
+    needs.learn("digest", profile("NVIDIA L4", 1), 16, 1 * GIB)
+    assert needs.ceilings("digest") == {"NVIDIA L4": 16}
+    assert needs.ceiling("digest", "NVIDIA L4", 3 * GIB) is None
+    # The larger one knows better, whatever those with the small one still say.
+    assert needs.learn("digest", profile("NVIDIA L4", 1), 64, 3 * GIB)
+    assert not needs.learn("digest", profile("NVIDIA L4", 1), 16, 1 * GIB)
+    assert needs.ceiling("digest", "NVIDIA L4", 3 * GIB) == 64
+    assert needs.learn("digest", profile("NVIDIA L4", 1), None, 4 * GIB)
+    assert not needs.learn("digest", profile("NVIDIA L4", 1), 64, 3 * GIB)
+    assert needs.ceilings("digest") == {}
+
+
+def test_a_ceiling_of_an_unknown_lease_is_shown_and_holds_for_none():
+    needs = Needs(0.0, lambda _: None)
+    needs.learn("digest", profile("NVIDIA L4", 1), 16)
+    assert needs.ceilings("digest") == {"NVIDIA L4": 16}
+    assert needs.ceiling("digest", "NVIDIA L4", 1) is None

@@ -178,6 +178,24 @@ def test_an_error_of_the_hardware_cordons_and_says_so_in_the_log(world: World) -
     run(scenario())
 
 
+def test_firmware_errors_cordon_once_they_recur(world: World) -> None:
+    async def scenario() -> None:
+        controller = await world.controller()
+        await controller.gpus.report(both((xid(A, 119),)))
+        await controller.gpus.report(both((xid(A, 119),)))  # a report that comes twice
+        assert reasons(world) == {}
+        again = XidEvent(A.uuid, 119, xid(A, 119).at + 60)
+        await controller.gpus.report(both((again, xid(B, 119))))
+        why = "XID 119 (GSP RPC timeout): its firmware failed twice within an hour"
+        assert reasons(world) == {A.uuid: why}
+        assert rows(controller)[A.uuid]["health"] == "failed"
+        await controller.gpus.uncordon(A.uuid, actor="ann", reason="reset")
+        await controller.gpus.report(both())
+        assert rows(controller)[A.uuid]["health"] == "ok"
+
+    run(scenario())
+
+
 def test_an_error_before_the_first_measurement_counts(world: World) -> None:
     async def scenario() -> None:
         controller = await world.controller()

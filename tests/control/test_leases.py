@@ -42,7 +42,7 @@ class Desk:
         who = Applicant(app, f"{app}#{number}", node, 100 + number, f"lease {app} {number}")
         return self.book.lease(
             who, self.devices, self.waves, estimated=estimated, now=self.now, unix=self.now,
-            ceiling=lambda kind: {"L4": 16}.get(kind), later=later,
+            ceiling=lambda kind, _: {"L4": 16}.get(kind), later=later,
         )  # fmt: skip
 
 

@@ -197,11 +197,37 @@ def test_an_estimate_is_replaced_by_what_was_measured(world: GpuWorld) -> None:
     run(scenario())
 
 
+def test_a_ceiling_learned_with_an_estimate_does_not_bind_what_was_measured(
+    world: GpuWorld,
+) -> None:
+    async def scenario() -> None:
+        controller = await world.begin({"m": {"version": "1"}})
+        app = next(iter(names(controller)))
+        first, estimate = world.cluster.announcements()[0], next(iter(world.held.values()))["bytes"]
+        # The warm-up ran out of what was estimated; its profile tells what larger runs will take.
+        measured = MemoryProfile("NVIDIA L4", "torch", 300 << 20, 500 << 20, {16: 600 << 20})
+        profile = {"profile": measured.to_dict()}
+        told = {**first, **profile, "lease_bytes": estimate, "ceiling": 16}
+        controller.announce(told)
+        assert controller.plan()["models"][0]["ceilings"] == {"NVIDIA L4": 16}
+        lease = controller.lease_gpu(app, "another", "node", 7)
+        assert lease is not None
+        assert lease["bytes"] == measured.need(64, 0.1) > estimate
+        assert lease["ceiling"] is None
+        fits = {**told, "replica": "another", "lease_bytes": lease["bytes"], "ceiling": None}
+        controller.announce(fits)
+        controller.announce(told)
+        assert controller.plan()["models"][0]["ceilings"] == {}
+
+    run(scenario())
+
+
 def test_a_learned_ceiling_goes_with_the_next_lease(world: GpuWorld) -> None:
     async def scenario() -> None:
         controller = await world.begin({"m": {"version": "1"}})
         app = next(iter(names(controller)))
-        info = {**world.cluster.announcements()[0], "ceiling": 24}
+        held = next(iter(world.held.values()))
+        info = {**world.cluster.announcements()[0], "ceiling": 24, "lease_bytes": held["bytes"]}
         profile = MemoryProfile("NVIDIA L4", "torch", 1, 1, {64: 1}).to_dict()
         controller.announce({**info, "profile": profile})
         controller.announce({**info, "profile": profile, "ceiling": 32})

@@ -39,14 +39,16 @@ def test_errors_of_programs(number: int) -> None:
     assert xid_class(number) is XidClass.APPLICATION
 
 
-@pytest.mark.parametrize("number", [48, 63, 64, 74, 79, 94, 95])
+@pytest.mark.parametrize("number", [48, 64, 74, 79, 94, 95, 140])
 def test_errors_of_the_hardware(number: int) -> None:
     assert xid_class(number) is XidClass.HARDWARE
 
 
 def test_other_errors_are_neither() -> None:
-    assert xid_class(45) is XidClass.OTHER
+    assert {xid_class(number) for number in (45, 63, 119, 120, 154)} == {XidClass.OTHER}
     assert xid(45).sentence == "XID 45"
+    assert xid(63).sentence == "XID 63 (memory row remapped)"
+    assert xid(154).sentence == "XID 154 (GPU recovery action changed)"
     assert xid(79).sentence == "XID 79 (GPU has fallen off the bus)"
 
 
@@ -84,6 +86,19 @@ def test_the_worst_sign_decides_and_all_are_told() -> None:
 
 def test_an_error_of_a_program_leaves_a_gpu_well() -> None:
     assert condition(SAMPLE, [xid(31)]) == Condition()
+
+
+def test_firmware_that_does_not_recover_is_a_fault_and_one_error_of_it_is_none() -> None:
+    first, second = XidEvent("GPU-a", 119, 1000.0), XidEvent("GPU-a", 120, 4600.0)
+    late = XidEvent("GPU-a", 119, 8201.0)
+    assert condition(SAMPLE, [first, xid(31)]) == Condition()
+    reason = "XID 120 (GSP error): its firmware failed twice within an hour"
+    assert condition(SAMPLE, [first, second]) == Condition(Health.FAILED, (reason,))
+    assert condition(SAMPLE, [second, late]) == Condition()
+    assert faults(SAMPLE, SAMPLE, [first]) == ()
+    assert faults(SAMPLE, SAMPLE, [second], [first]) == (reason,)
+    assert faults(SAMPLE, SAMPLE, [late], [second]) == ()
+    assert faults(SAMPLE, SAMPLE, [xid(31)], [first, second]) == (), "that was so before"
 
 
 def test_what_makes_a_gpu_unfit_is_what_happens_to_it() -> None:

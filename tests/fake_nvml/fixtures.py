@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from pathlib import Path
 
 import pynvml
@@ -14,6 +15,16 @@ from tests.fake_nvml import FakeNvml, build, whole
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a `libcuda.so.1` that shows one GPU: see `cuda.c`."""
+    directory = tmp_path_factory.mktemp("cuda")
+    command = ["cc", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o"]
+    source = Path(__file__).with_name("cuda.c")
+    subprocess.run([*command, directory / "libcuda.so.1", source], check=True, timeout=60)
+    return directory
 
 
 @pytest.fixture

@@ -5,11 +5,15 @@
  * library answers for what a device does not have.
  *
  *   init_error=9  driver=570.86.15  gpus=2
- *   0.uuid=GPU-…  0.name=NVIDIA A100  0.pci=00000000:01:00.0  0.lost=1
+ *   0.uuid=GPU-…  0.name=NVIDIA A100  0.pci=00000000:01:00.0
+ *   0.error=15                                    what every call about it answers
+ *   0.handle_error=999  0.memory_error=999        what asking for its handle, its memory, … answers
  *   0.memory=85899345920 629145600 1073741824     bytes: total, reserved, used
  *   0.utilization=35  0.power=91000  0.power_limit=400000  0.energy=123456  0.temperature=41
  *   0.throttle=8  0.ecc=0  0.remapped=0 1 0 0     corrected, uncorrected, pending, failure
  *   0.processes=4711:1000 4712:-                  pid:bytes, "-" for not known
+ *   0.own_process=1000                            bytes of the process that asks, from the time when
+ *                                                 it has a context of the fake CUDA
  *   0.mig=1  0.mig.3.uuid=MIG-…  0.mig.3.…        slot 3; a slot without uuid is empty
  *   0.mig.3.instance=7 0                          GPU instance, compute instance
  *   xids=0:79 0:31:7:0                            every event so far: gpu:xid[:GPU:compute instance]
@@ -34,6 +38,7 @@ enum {
     DRIVER_NOT_LOADED = 9,
     TIMEOUT = 10,
     GPU_IS_LOST = 15,
+    RESET_REQUIRED = 16,
 };
 
 enum { MIG_SLOTS = 7, XID_EVENT = 8, WAIT_STEP_MS = 2, STATE_BYTES = 1 << 16 };
@@ -77,14 +82,19 @@ static const char *fact(nvmlDevice_t device, const char *name) {
     return lookup(key);
 }
 
-static int is_lost(nvmlDevice_t device) {
-    const char *lost = fact(handle_of(gpu_of(device), 0), "lost");
-    return lost && atoi(lost);
+/* The error that a GPU answers every call with, or with `name` the calls of that name. */
+static nvmlReturn_t error_of(nvmlDevice_t device, const char *name) {
+    char key[32];
+    snprintf(key, sizeof key, "%s%serror", name, *name ? "_" : "");
+    const char *error = fact(handle_of(gpu_of(device), 0), key);
+    return error ? atoi(error) : SUCCESS;
 }
 
 /* Up to `most` whole numbers of a fact. */
 static nvmlReturn_t numbers(nvmlDevice_t device, const char *name, unsigned long long *out, int most) {
-    if (is_lost(device)) return GPU_IS_LOST;
+    nvmlReturn_t error = error_of(device, "");
+    if (!error) error = error_of(device, name);
+    if (error) return error;
     const char *value = fact(device, name);
     if (!value) return NOT_SUPPORTED;
     char *end = (char *)value;
@@ -126,6 +136,7 @@ const char *nvmlErrorString(nvmlReturn_t result) {
     case DRIVER_NOT_LOADED: return "Driver Not Loaded";
     case TIMEOUT: return "Timeout";
     case GPU_IS_LOST: return "GPU is lost";
+    case RESET_REQUIRED: return "GPU requires reset";
     default: return "Unknown Error";
     }
 }
@@ -147,15 +158,18 @@ nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t *device)
     nvmlDeviceGetCount_v2(&count);
     if (index >= count) return INVALID_ARGUMENT;
     *device = handle_of(index, 0);
-    return is_lost(*device) ? GPU_IS_LOST : SUCCESS;
+    nvmlReturn_t error = error_of(*device, "");
+    return error ? error : error_of(*device, "handle");
 }
 
 nvmlReturn_t nvmlDeviceGetName(nvmlDevice_t device, char *name, unsigned length) {
-    return is_lost(device) ? GPU_IS_LOST : text_of(fact(device, "name"), name, length);
+    nvmlReturn_t error = error_of(device, "");
+    return error ? error : text_of(fact(device, "name"), name, length);
 }
 
 nvmlReturn_t nvmlDeviceGetUUID(nvmlDevice_t device, char *uuid, unsigned length) {
-    return is_lost(device) ? GPU_IS_LOST : text_of(fact(device, "uuid"), uuid, length);
+    nvmlReturn_t error = error_of(device, "");
+    return error ? error : text_of(fact(device, "uuid"), uuid, length);
 }
 
 typedef struct {
@@ -177,7 +191,8 @@ nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *device) {
 
 nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t *pci) {
     memset(pci, 0, sizeof *pci);
-    return is_lost(device) ? GPU_IS_LOST : text_of(fact(device, "pci"), pci->busId, sizeof pci->busId);
+    nvmlReturn_t error = error_of(device, "");
+    return error ? error : text_of(fact(device, "pci"), pci->busId, sizeof pci->busId);
 }
 
 typedef struct {
@@ -232,10 +247,19 @@ typedef struct {
 
 nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(
     nvmlDevice_t device, unsigned *count, nvmlProcessInfo_t *infos) {
-    if (is_lost(device)) return GPU_IS_LOST;
+    nvmlReturn_t error = error_of(device, "");
+    if (!error) error = error_of(device, "processes");
+    if (error) return error;
+    unsigned found = 0, room = infos ? *count : 0;
+    const char *own = getenv("FAKE_CUDA_CONTEXT") ? fact(device, "own_process") : NULL;
+    if (own) {
+        nvmlProcessInfo_t info = {(unsigned)getpid(), 0, NO_INSTANCE, NO_INSTANCE};
+        info.usedGpuMemory = strtoull(own, NULL, 10);
+        if (found < room) infos[found] = info;
+        found++;
+    }
     const char *value = fact(device, "processes");
     if (!value) return NOT_SUPPORTED;
-    unsigned found = 0, room = infos ? *count : 0;
     char *end = (char *)value;
     while (*end) {
         nvmlProcessInfo_t info = {(unsigned)strtoul(end, &end, 10), ~0ull, NO_INSTANCE, NO_INSTANCE};
@@ -304,7 +328,8 @@ nvmlReturn_t nvmlDeviceGetMaxMigDeviceCount(nvmlDevice_t device, unsigned *count
 }
 
 nvmlReturn_t nvmlDeviceGetMigDeviceHandleByIndex(nvmlDevice_t device, unsigned index, nvmlDevice_t *mig) {
-    if (is_lost(device)) return GPU_IS_LOST;
+    nvmlReturn_t error = error_of(device, "");
+    if (error) return error;
     *mig = handle_of(gpu_of(device), index + 1);
     return fact(*mig, "uuid") ? SUCCESS : NOT_FOUND;
 }
@@ -364,7 +389,7 @@ nvmlReturn_t nvmlEventSetCreate(event_set **set) {
 nvmlReturn_t nvmlDeviceGetSupportedEventTypes(nvmlDevice_t device, unsigned long long *types) {
     const char *none = fact(device, "no_events");
     *types = none ? 0 : XID_EVENT;
-    return is_lost(device) ? GPU_IS_LOST : SUCCESS;
+    return error_of(device, "");
 }
 
 nvmlReturn_t nvmlDeviceRegisterEvents(nvmlDevice_t device, unsigned long long types, event_set *set) {

@@ -24,6 +24,7 @@ class FakeMeter:
         self.uuid = "GPU-0"
         self.device_type = "Fake GPU"
         self.limit_bytes = limit_bytes
+        self.exact = True
         self.context_bytes = 300 * MIB
         self.fixed_bytes = 300 * MIB
         self.cached_bytes = 0

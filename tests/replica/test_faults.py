@@ -28,6 +28,7 @@ def working_context(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"{ORT}Status Message: std::bad_alloc", None),
         (f"{ORT}CUDA failure 2: out of memory ; GPU=0 ; hostname=h ; expr=cudaMalloc", None),
         (f"{ORT}CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", None),
+        (f"{ORT}CUBLAS failure 3: the resource allocation failed ; GPU=0", None),
         (f"{ORT}CUDNN failure 4002: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", None),
         (
             "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB",
@@ -47,6 +48,38 @@ def test_memory_that_ran_out_is_no_failure_of_the_model(text: str, requested: in
     found = meaning(RuntimeError(text), "cuda:0")
     assert isinstance(found, MemoryExhausted)
     assert found.requested_bytes == requested
+
+
+@pytest.mark.usefixtures("working_context")
+@pytest.mark.parametrize("search", ["GET", "FIND"])
+def test_a_convolution_without_an_engine_is_short_of_memory_if_torch_refused_some(
+    search: str,
+) -> None:
+    error = RuntimeError(f"{search} was unable to find an engine to execute this computation")
+    assert isinstance(meaning(error, "cuda:0", refused=True), MemoryExhausted)
+    assert meaning(error, "cuda:0", refused=False) is None
+    assert meaning(RuntimeError("the model's own error"), "cuda:0", refused=True) is None
+
+
+@pytest.mark.usefixtures("working_context")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        f"{ORT}CUBLAS failure 1: the library was not initialized ; GPU=0 ; expr=cublasCreate(&h_)",
+        f"{ORT}CUDNN failure 1001: CUDNN_STATUS_NOT_INITIALIZED ; GPU=0 ; expr=cudnnCreate(&h_)",
+    ],
+)
+def test_a_library_that_does_not_start_on_a_full_gpu_is_short_of_memory(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(faults, "free_bytes", lambda: 20 << 20)
+    assert isinstance(meaning(RuntimeError(text), "cuda:0"), MemoryExhausted)
+    assert meaning(RuntimeError(text), "cpu") is None
+    for free in (20 << 30, None):
+        monkeypatch.setattr(faults, "free_bytes", lambda free=free: free)
+        assert meaning(RuntimeError(text), "cuda:0") is None
 
 
 @pytest.mark.usefixtures("working_context")

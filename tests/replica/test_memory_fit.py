@@ -17,6 +17,7 @@ from serving.artifacts import ONNX_PLATFORM, TORCHSCRIPT_PLATFORM
 from serving.core.types import Batch, Signature, TensorSpec
 from serving.errors import OutOfMemory
 from serving.replica.backends.base import Backend
+from serving.replica.backends.faults import MemoryExhausted
 from serving.replica.ceiling import NO_LIMIT, Ceiling
 from serving.replica.engine import Engine, Usage
 from serving.replica.rules import BatchRules
@@ -336,6 +337,22 @@ def greedy_onnx(directory: Path) -> Backend:
         [("y", TensorProto.FLOAT, shape)],
     )
     return models.cpu_backend(model, ONNX_PLATFORM, models.identity_signature("FP32", (-1, 4)))
+
+
+def test_an_arena_that_cannot_be_shrunk_costs_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = greedy_onnx(tmp_path)
+    # There is no arena of a GPU here: ONNX Runtime refuses each run after which it is to shrink it.
+    backend.device = "cuda:0"
+    for _ in range(2):
+        with pytest.raises(MemoryExhausted):
+            backend.run([rows(64)])
+        np.testing.assert_array_equal(backend.run([rows(4)])[0], rows(4) * 2)
+    assert caplog.messages == [
+        "ONNX Runtime has no arena on the GPU that it could shrink: what a run has taken, this "
+        "replica keeps"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -13,7 +13,6 @@ import pytest
 
 from tests.fake_nvml import GIB, FakeNvml, whole
 
-_SOURCE = Path(__file__).with_name("fake_cuda.c")
 _BARE_UUID = "00010203-0405-0607-0809-0a0b0c0d0e0f"
 _MIB = 1 << 20
 # Each line of input is evaluated with these names and answered in JSON.
@@ -68,17 +67,8 @@ class Process:
     def uses(self, mib: int) -> None:
         self.nvml.set("0", memory=f"{80 * GIB} 0 {mib * _MIB}")
 
-    def holds(self, mib: int | None) -> None:
-        held = "-" if mib is None else str(mib * _MIB)
-        self.nvml.set("0", processes=f"1:{5 * GIB} {self.child.pid}:{held}")
-
-
-@pytest.fixture(scope="module")
-def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("cuda")
-    command = ["cc", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o"]
-    subprocess.run([*command, directory / "libcuda.so.1", _SOURCE], check=True, timeout=60)
-    return directory
+    def holds(self, mib: int) -> None:
+        self.nvml.set("0", processes=f"1:{5 * GIB}", own_process=str(mib * _MIB))
 
 
 @pytest.fixture
@@ -109,7 +99,11 @@ def test_a_context_works_until_it_is_broken(process: Callable[..., Process]) -> 
     assert gpu.ask("cuda.context_fault()") is None
     gpu.state.write_text("2")
     assert gpu.ask("cuda.context_fault()") is None, "memory that is short is no broken context"
+    assert gpu.ask("cuda.free_bytes()") is None
+    gpu.state.write_text("0")
+    assert gpu.ask("cuda.free_bytes()") == 1 << 30
     gpu.state.write_text("700")
+    assert gpu.ask("cuda.free_bytes()") is None
     assert gpu.ask("cuda.context_fault()") == (
         "an illegal memory access was encountered (CUDA error 700)"
     )
@@ -121,6 +115,26 @@ def test_a_process_that_is_shown_no_gpu_says_so(process: Callable[..., Process])
     assert gpu.ask("cuda.missing_cuda()") == gpu.ask("cuda.context_fault()") == sentence
 
 
+@pytest.mark.parametrize(
+    ("driver", "built", "reason"),
+    [
+        ("13000", "13.2", None),  # what is new in a minor version, a driver of the major may lack
+        ("13000", "12.8", None),
+        ("12040", "13.0", "CUDA 12.4; torch is built for CUDA 13.0, which needs driver 580"),
+        ("12090", "14.1", "CUDA 12.9; torch is built for CUDA 14.1, which needs a newer driver"),
+        ("12040", "", None),  # a build for CPUs
+    ],
+)
+def test_a_driver_may_be_too_old_for_a_runtime(
+    process: Callable[..., Process], driver: str, built: str, reason: str | None
+) -> None:
+    found = process(FAKE_CUDA_DRIVER=driver).ask(f"cuda.old_driver('torch', {built!r})")
+    if reason is None:
+        assert found is None
+    else:
+        assert found.startswith(f"the NVIDIA driver supports {reason}")
+
+
 def test_a_meter_reads_what_the_process_holds(process: Callable[..., Process]) -> None:
     gpu = process()
     gpu.uses(6000)
@@ -128,26 +142,50 @@ def test_a_meter_reads_what_the_process_holds(process: Callable[..., Process]) -
     meter = gpu.ask("meter(10**9)")
     assert meter["uuid"] == f"GPU-{_BARE_UUID}"
     assert (meter["device_type"], meter["limit_bytes"]) == ("Fake GPU", 10**9)
-    assert meter["context_bytes"] == 500 * _MIB
+    assert (meter["exact"], meter["context_bytes"]) == (True, 500 * _MIB)
     gpu.holds(900)
     gpu.uses(60_000)
     assert gpu.ask("state['meter'].held_bytes()") == 900 * _MIB
     assert gpu.ask("state['meter'].peak_bytes()") == 900 * _MIB
 
 
-@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("processes", "own"),
+    [
+        ("1:1000", ""),
+        # NVML knows the process, but not what it holds.
+        ("1:1000", str(2**64 - 1)),
+        # Of another PID namespace, a process has the same number.
+        ("{pid}:1000", ""),
+        ("{pid}:1000", "2000"),
+    ],
+)
 def test_without_its_process_it_reads_what_the_gpu_holds_more(
-    process: Callable[..., Process], listed: bool
+    process: Callable[..., Process], processes: str, own: str
 ) -> None:
     gpu = process()
     gpu.uses(6000)
-    if listed:
-        gpu.holds(None)
-    assert gpu.ask("meter()")["context_bytes"] == 0
+    gpu.nvml.set("0", processes=processes.format(pid=gpu.child.pid))
+    if own:
+        gpu.nvml.set("0", own_process=own)
+    meter = gpu.ask("meter()")
+    assert (meter["exact"], meter["context_bytes"]) == (False, 0)
     gpu.uses(7000)
     assert gpu.ask("state['meter'].held_bytes()") == 1000 * _MIB
     gpu.uses(5000)
     assert gpu.ask("state['meter'].held_bytes()") == 0
+
+
+def test_what_nvml_no_longer_tells_is_not_taken_for_nothing(
+    process: Callable[..., Process],
+) -> None:
+    gpu = process()
+    gpu.uses(6000)
+    gpu.holds(500)
+    gpu.ask("meter()")
+    gpu.nvml.set("0", processes_error="999")
+    sentence = f"NVML does not tell any more what this process holds of GPU-{_BARE_UUID}"
+    assert gpu.ask("state['meter'].held_bytes()") == {"error": sentence}
 
 
 def test_a_slice_is_known_by_its_own_uuid(process: Callable[..., Process]) -> None:
@@ -170,7 +208,7 @@ def test_a_gpu_that_is_lost_is_an_error(process: Callable[..., Process]) -> None
     gpu = process()
     gpu.uses(0)
     gpu.ask("meter()")
-    gpu.nvml.set("0", lost="1")
+    gpu.nvml.set("0", error="15")
     assert gpu.ask("state['meter'].held_bytes()") == {
         "error": f"the memory of GPU-{_BARE_UUID} cannot be read (NVML error 15)"
     }

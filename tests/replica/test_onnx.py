@@ -17,13 +17,12 @@ from serving.replica.backends import cuda
 from serving.replica.backends import onnx as backend_module
 from serving.replica.backends.base import RuntimeOptions
 from serving.replica.backends.faults import FatalDeviceError
-from serving.replica.backends.onnx import BoundSession, OnnxBackend
+from serving.replica.backends.onnx import OnnxBackend
 from serving.replica.probing import to_bfloat16
 
 from . import models
 from .client import Client, Failed
 from .conftest import Serve
-from .fakes import FakeMeter
 
 no_gpu = pytest.mark.skipif(cuda.missing_cuda() is None, reason="there is a GPU here")
 ELEMENT_TYPES = {
@@ -142,30 +141,15 @@ def _bytes_frame(batch_id: int, raw: np.ndarray) -> bytes:
     return frames.encode_prefix(frames.Kind.INFER, 1, len(meta), len(payload)) + meta + payload
 
 
-@pytest.mark.parametrize("datatype", [d for d in ELEMENT_TYPES if d != "BYTES"])
-def test_io_binding_gives_what_a_plain_run_gives(tmp_path: Path, datatype: str) -> None:
-    # The path that a GPU takes, bound to the CPU.
-    model = models.identity(tmp_path / "m.onnx", ELEMENT_TYPES[datatype])
-    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    bound = BoundSession(session, models.identity_signature(datatype), "cpu", 0)
-    x = values(datatype)
-    for part in (x, x[:1], x[1:], x):
-        (y,) = bound.run([part])
-        np.testing.assert_array_equal(y, part)
-        assert y.dtype == part.dtype
-
-
-def test_io_binding_keeps_few_buffers_and_earlier_results_stay_whole(tmp_path: Path) -> None:
+def test_earlier_results_stay_whole(tmp_path: Path) -> None:
     model = models.linear(tmp_path / "m.onnx")
-    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    bound = BoundSession(session, models.LINEAR, "cpu", 0)
+    backend = OnnxBackend(model, RuntimeOptions("cpu"), models.LINEAR)
     kept = []
     for n in (*range(1, 40), 1, 2):
         x = np.full((n, 4), n, np.float32)
-        kept.append((x, bound.run([x])[0]))
+        kept.append((x, backend.run([x])[0]))
     for x, y in kept:
         np.testing.assert_allclose(y, x @ models.LINEAR_W, rtol=1e-5)
-    assert bound.shapes_kept <= 16
 
 
 @no_gpu
@@ -189,22 +173,6 @@ def test_asking_for_a_gpu_that_is_not_there_is_refused(
 def test_auto_runs_on_the_cpu_without_a_gpu(tmp_path: Path) -> None:
     backend = OnnxBackend(models.linear(tmp_path / "m.onnx"), RuntimeOptions("auto"), models.LINEAR)
     assert (backend.device, backend.precision) == ("cpu", "FP32")
-
-
-@no_gpu
-def test_a_provider_that_does_not_start_is_no_silent_fallback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    # The driver is said to be there, ONNX Runtime's CUDA provider then really fails to load.
-    monkeypatch.setattr(backend_module, "missing_cuda", lambda: None)
-    monkeypatch.setattr(backend_module, "require_cuda", lambda asked: None)
-    monkeypatch.setattr(backend_module, "DriverMeter", FakeMeter)
-    model = models.linear(tmp_path / "m.onnx")
-    with pytest.raises(DeviceError, match=r"device: cuda: ONNX Runtime cannot use the GPU"):
-        OnnxBackend(model, RuntimeOptions("cuda"), models.LINEAR)
-    backend = OnnxBackend(model, RuntimeOptions("auto"), models.LINEAR)
-    assert (backend.device, backend.meter) == ("cpu", None)
-    assert "running on the CPU" in caplog.text
 
 
 def test_a_provider_that_fails_in_a_run_is_no_silent_fallback(
@@ -249,17 +217,6 @@ def test_a_context_that_broke_is_found_by_a_check(
     monkeypatch.setattr(backend_module, "context_fault", lambda: "an illegal address")
     with pytest.raises(FatalDeviceError, match="in this process: an illegal address"):
         backend.check()
-
-
-def test_io_binding_works_on_after_it_gave_back_its_memory(tmp_path: Path) -> None:
-    model = models.linear(tmp_path / "m.onnx")
-    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    bound = BoundSession(session, models.LINEAR, "cpu", 0)
-    x = np.ones((3, 4), np.float32)
-    before = bound.run([x])[0]
-    bound.shed()
-    assert bound.shapes_kept == 0
-    np.testing.assert_array_equal(bound.run([x])[0], before)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,21 @@ def test_a_warm_up_measures_weights_workspace_and_the_peak_of_each_bucket() -> N
     assert gpu.tried == [1, 1, 4, 8]
 
 
+def test_a_replica_that_holds_more_than_its_lease_after_warm_up_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpu = measured_gpu()
+    profiled_warm_up(Engine(gpu, BatchRules(8, (1, 4, 8))), SAMPLE)
+    assert not caplog.records
+    gpu = measured_gpu()
+    gpu.meter.limit_bytes = 629 * MIB
+    profiled_warm_up(Engine(gpu, BatchRules(8, (1, 4, 8))), SAMPLE)
+    assert caplog.messages == [
+        "after its warm-up this replica holds 630 MiB of Fake GPU, and may hold 629 MiB: give the "
+        "model more (gpu_memory_bytes), or raise gpu.safety_margin"
+    ]
+
+
 def test_the_profile_ends_where_memory_does() -> None:
     gpu = measured_gpu()
     gpu.capacity = 4 * 16

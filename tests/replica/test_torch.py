@@ -13,14 +13,15 @@ import torch
 from serving.artifacts import EXPORT_PLATFORM, TORCHSCRIPT_PLATFORM
 from serving.core.types import DATATYPES, Batch, Signature, TensorSpec
 from serving.errors import ArtifactError, DeviceError
-from serving.replica.backends import cuda
-from serving.replica.backends import torch as backend_module
+from serving.replica.backends import cuda, torch_cuda
 from serving.replica.backends.base import RuntimeOptions
+from serving.replica.backends.faults import MemoryExhausted
 from serving.replica.backends.torch import TorchBackend
 
 from . import models
 from .client import Client, Failed
 from .conftest import Serve
+from .fakes import FakeMeter
 from .test_onnx import values
 
 no_gpu = pytest.mark.skipif(cuda.missing_cuda() is None, reason="there is a GPU here")
@@ -144,6 +145,29 @@ class TestTorchScript:
             client.infer(inputs(1)[0])
 
 
+class Engineless(torch.nn.Module):
+    """As a convolution of which no variant found its workspace."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("FIND was unable to find an engine to execute this computation")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_convolution_that_torch_refused_memory_is_short_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signature = models.identity_signature("FP32")
+    model = models.script(tmp_path / "m.ts", Engineless())
+    backend = models.cpu_backend(model, TORCHSCRIPT_PLATFORM, signature)
+    backend.meter = FakeMeter(None)
+    x = [np.zeros((1, 2), np.float32)]
+    # How often the allocator has refused memory by now: torch counts it, the error does not say it.
+    for refused, error in ((1, MemoryExhausted), (1, torch.jit.Error), (3, MemoryExhausted)):
+        monkeypatch.setattr(torch.cuda, "memory_stats", lambda n=refused: {"num_ooms": n})
+        with pytest.raises(error, match="memory" if error is MemoryExhausted else "an engine"):
+            backend.run(x)
+
+
 class Same(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.clone()
@@ -222,16 +246,21 @@ def test_a_signature_that_is_not_the_graphs_is_refused(net: Path) -> None:
 
 @no_gpu
 def test_asking_for_a_gpu_that_is_not_there_is_refused(
-    net: Path, monkeypatch: pytest.MonkeyPatch
+    net: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(DeviceError, match="run this replica on a node with a GPU"):
         TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("cuda"), models.NET)
     assert TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("auto"), models.NET).device == "cpu"
     # A driver is there, but torch cannot use it.
-    monkeypatch.setattr(backend_module, "missing_cuda", lambda: None)
-    monkeypatch.setattr(backend_module, "require_cuda", lambda asked: None)
+    monkeypatch.setattr(torch_cuda, "missing_cuda", lambda: None)
+    monkeypatch.setattr(torch_cuda, "require_cuda", lambda asked: None)
+    monkeypatch.setattr("torch.version.cuda", None)
     with pytest.raises(DeviceError, match="device: cuda: torch cannot use the GPU"):
         TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("cuda"), models.NET)
+    assert not caplog.messages
+    assert TorchBackend(net, EXPORT_PLATFORM, RuntimeOptions("auto"), models.NET).device == "cpu"
+    said = "a GPU is there, but not for torch: this build of torch has no CUDA: running on the CPU"
+    assert caplog.messages == [said]
 
 
 def test_weights_that_are_elsewhere_are_found_out(

@@ -193,11 +193,11 @@ def test_a_full_database(filled: Path) -> None:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 128 kB, where this user may mount one."""
+    """A file system of 160 kB, where this user may mount one."""
     libc = ctypes.CDLL(None, use_errno=True)
     where = os.fsencode(tmp_path / "disk")
     os.mkdir(where)
-    if libc.mount(b"tmpfs", where, b"tmpfs", 0, b"size=128k") != 0:
+    if libc.mount(b"tmpfs", where, b"tmpfs", 0, b"size=160k") != 0:
         pytest.skip(f"cannot mount: {os.strerror(ctypes.get_errno())}")
     yield Path(os.fsdecode(where))
     assert libc.umount2(where, 2) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from serving.core.replica import GpuLease, ReplicaSpec
 from serving.core.types import Signature
 from serving.errors import DeviceError
 from serving.replica.backends.meters import Meter
+
+_log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
@@ -138,6 +141,20 @@ def does_not_fit(model: Path, meter: Meter, requested_bytes: int | None) -> Devi
         f"{model}: does not fit into the memory of {meter.device_type} ({meter.uuid}){limit}"
         f"{asked}: give it more (gpu_memory_bytes), a larger GPU or a smaller dtype"
     )
+
+
+def require_loaded_within_limit(model: Path, meter: Meter) -> None:
+    """Raise `DeviceError` where a model that has loaded holds more than it may.
+
+    ONNX Runtime's limit is for what its arena grows by: weights pass it, and once they are beyond
+    it there is none. Where the reading may include a neighbour's memory, this is a warning.
+    """
+    if meter.limit_bytes is None or (over := meter.held_bytes() - meter.limit_bytes) <= 0:
+        return
+    error = does_not_fit(model, meter, over)
+    if meter.exact:
+        raise error
+    _log.warning("%s (if no neighbour on the GPU grew meanwhile)", error)
 
 
 def as_raw(array: Array) -> Array:

@@ -18,6 +18,8 @@ from serving.errors import DeviceError
 
 _WHAT_TO_DO = "run this replica on a node with a GPU, or set `device: cpu` (or `auto`)"
 _OUT_OF_MEMORY: Final = 2
+# The oldest driver that runs what was built for any minor version of this CUDA.
+_OLDEST_DRIVER: Final = {12: 525, 13: 580}
 _UUID_BYTES: Final = 16
 _NAME_BYTES: Final = 256
 
@@ -34,6 +36,35 @@ def require_cuda(asked: str) -> None:
     """Raise `DeviceError` unless the driver shows a device; `asked` is the setting at fault."""
     if reason := missing_cuda():
         raise DeviceError(f"{asked}: {reason}; {_WHAT_TO_DO}")
+
+
+def require_driver(asked: str, runtime: str, built: str | None) -> None:
+    """Raise `DeviceError` where the driver is too old; see `old_driver`."""
+    if reason := old_driver(runtime, built):
+        raise DeviceError(f"{asked}: {reason}; update the driver, or set `device: cpu`")
+
+
+def old_driver(runtime: str, built: str | None) -> str | None:
+    """Why the driver cannot run what `runtime` is built for, as "13.0"; None where it can.
+
+    A driver that is too old starts and shows its devices all the same.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int(0)
+    if not built or driver.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    wanted = int(built.partition(".")[0])
+    if version.value // 1000 >= wanted:
+        return None
+    oldest = _OLDEST_DRIVER.get(wanted)
+    return (
+        f"the NVIDIA driver supports CUDA {version.value // 1000}.{version.value % 1000 // 10}; "
+        f"{runtime} is built for CUDA {built}, which needs "
+        + (f"driver {oldest} or newer" if oldest else "a newer driver")
+    )
 
 
 def refused_by_runtime(asked: str, runtime: str, detail: str) -> DeviceError:
@@ -88,11 +119,26 @@ def context_fault() -> str | None:
     """
     try:
         with _context() as driver:
-            free, total = ctypes.c_size_t(), ctypes.c_size_t()
-            code = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+            code, _ = _memory(driver)
             return None if code in (0, _OUT_OF_MEMORY) else _description(driver, code)
     except DeviceError as error:
         return str(error)
+
+
+def free_bytes() -> int | None:
+    """How much memory is free on the device; None where the driver does not tell."""
+    try:
+        with _context() as driver:
+            code, free = _memory(driver)
+            return None if code else free
+    except DeviceError:
+        return None
+
+
+def _memory(driver: Any) -> tuple[int, int]:
+    """CUDA's error code, and the bytes that are free."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    return driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)), free.value
 
 
 @contextmanager

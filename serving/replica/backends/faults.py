@@ -11,7 +11,7 @@ import re
 from typing import Final
 
 from serving.errors import DeviceError, InvalidRequest
-from serving.replica.backends.cuda import context_fault
+from serving.replica.backends.cuda import context_fault, free_bytes
 
 _UNITS: Final = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 # Where it names the bytes that were asked for, they are the pattern's first group.
@@ -31,8 +31,16 @@ _OUT_OF_MEMORY: Final = tuple(
         r"CUDA\w* (?:error|failure).*?out of memory",
         r"CUDA out of memory",
         r"CU(?:BLAS|DNN|FFT)_(?:STATUS_)?\w*ALLOC\w*FAILED",
+        r"CUBLAS failure 3:",
     )
 )
+# torch's convolutions try one engine after the other, also past those that got no memory; in the
+# end they say the same of memory that is short as of what cuDNN cannot do.
+_NO_ENGINE: Final = re.compile(r"unable to find an engine to execute this computation")
+# What a library's handle needs comes from the GPU itself, past every allocator; none is left for it
+# when less than this is free.
+_NO_HANDLE: Final = re.compile(r"CU(?:BLAS|DNN)_STATUS_NOT_INITIALIZED|expr=cu(?:blas|dnn)Create\(")
+_HANDLE_BYTES: Final = 128 << 20
 _CUDA: Final = re.compile(r"\b(?:CUDA|CUDNN|cuDNN|CUBLAS|CUFFT)\w* (?:error|failure|ERROR)")
 # After these every later call of the process fails.
 _STICKY: Final = re.compile(
@@ -60,13 +68,22 @@ class FatalDeviceError(DeviceError):
     """The GPU can do nothing more for this process, which must end."""
 
 
-def meaning(error: Exception, device: str) -> MemoryExhausted | FatalDeviceError | None:
-    """What a runtime's error on `device` means; None where it is a failure like any other."""
+def meaning(
+    error: Exception, device: str, *, refused: bool = False
+) -> MemoryExhausted | FatalDeviceError | None:
+    """What a runtime's error on `device` means; None where it is a failure like any other.
+
+    `refused`: the runtime counted an allocation that it refused, whatever the error says.
+    """
     text = str(error)
     if (exhausted := _exhausted(error, text)) is not None:
         return exhausted
+    if refused and _NO_ENGINE.search(text):
+        return MemoryExhausted()
     if device == "cpu":
         return None
+    if _NO_HANDLE.search(text) and (free := free_bytes()) is not None and free < _HANDLE_BYTES:
+        return MemoryExhausted()
     reason = context_fault()
     if reason is None and _CUDA.search(text) and _STICKY.search(text):
         reason = next(line for line in text.splitlines() if _STICKY.search(line)).strip()[:300]

@@ -24,13 +24,14 @@ class Meter(Protocol):
     """The memory that this process holds on its GPU, in bytes.
 
     `limit_bytes` is the most that it may hold, None where nobody set a limit; `context_bytes` what
-    it held before it loaded anything.
+    it held before it loaded anything. `exact`: no other process's memory is in the readings.
     """
 
     uuid: str
     device_type: str
     limit_bytes: int | None
     context_bytes: int
+    exact: bool
 
     def held_bytes(self) -> int:
         """What it holds now. Raises `DeviceError` where the driver does not tell."""
@@ -45,9 +46,10 @@ class Meter(Protocol):
 class DriverMeter:
     """NVML's reading of this process or, where NVML does not see it, of what it added to the GPU.
 
-    NVML may not know the process of a container by its id. What the GPU's memory grew by since this
-    meter was made then stands in, which is right as long as no neighbour grows meanwhile. A runtime
-    that gives nothing back between runs, as ONNX Runtime's arena, holds its peak.
+    NVML may not know the process of a container by its id, and another one may have that id for it:
+    only one that appears with the context is this one. Where none does, what the GPU's memory grew
+    by since this meter was made stands in, which is right as long as no neighbour grows meanwhile.
+    A runtime that gives nothing back between runs, as ONNX Runtime's arena, holds its peak.
     """
 
     def __init__(self, limit_bytes: int | None) -> None:
@@ -56,14 +58,19 @@ class DriverMeter:
         self.limit_bytes = limit_bytes
         self._library, self._device, self.uuid = _open(found.bare_uuid)
         self._before = self._used_on_device()
+        mistaken = self._used_by_process() is not None
         cuda.open_context()
-        self._sees_processes = self._used_by_process() is not None
+        self.exact = not mistaken and self._used_by_process() is not None
         self.context_bytes = self.held_bytes()
 
     def held_bytes(self) -> int:
         """See `Meter.held_bytes`."""
-        if self._sees_processes:
-            return self._used_by_process() or 0
+        if self.exact:
+            if (used := self._used_by_process()) is None:
+                raise DeviceError(
+                    f"NVML does not tell any more what this process holds of {self.uuid}"
+                )
+            return used
         return max(0, self._used_on_device() - self._before)
 
     def peak_bytes(self) -> int:

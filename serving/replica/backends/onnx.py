@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend. The only file that imports onnxruntime."""
+"""The ONNX Runtime backend. Only the `onnx*` modules here import onnxruntime."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from serving.replica.backends.base import (
     as_raw,
     does_not_fit,
     one_line,
+    require_loaded_within_limit,
 )
-from serving.replica.backends.cuda import (
-    context_fault,
-    missing_cuda,
-    refused_by_runtime,
-    require_cuda,
-)
+from serving.replica.backends.cuda import context_fault, refused_by_runtime
 from serving.replica.backends.faults import FatalDeviceError, MemoryExhausted, meaning
 from serving.replica.backends.meters import DriverMeter, Meter
+from serving.replica.backends.onnx_cuda import preload_libraries
+from serving.replica.backends.onnx_providers import (
+    PROVIDERS,
+    RECORD_NODES,
+    asked_for,
+    choose_providers,
+    log_nodes_on_cpu,
+    with_options,
+)
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 _log = logging.getLogger(__name__)
 
-_PROVIDERS: Final = {
-    "tensorrt": "TensorrtExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "cpu": "CPUExecutionProvider",
-}
 # ONNX Runtime's name of an element type → (datatype, onnx.TensorProto.DataType).
 _ELEMENT_TYPES: Final[Mapping[str, tuple[str, int]]] = {
     "tensor(float)": ("FP32", 1),
@@ -57,8 +57,9 @@ _ELEMENT_TYPES: Final[Mapping[str, tuple[str, int]]] = {
     "tensor(uint64)": ("UINT64", 13),
     "tensor(bfloat16)": ("BF16", 16),
 }
+# How ONNX Runtime refuses a run after which it was to shrink an arena that it does not find.
+_NO_ARENA: Final = "in the memory arena shrink list"
 _ONNX_TYPE: Final = dict(_ELEMENT_TYPES.values())
-_MAX_BINDINGS: Final = 16
 
 
 class OnnxBackend:
@@ -67,12 +68,12 @@ class OnnxBackend:
     platform = ONNX_PLATFORM
 
     def __init__(self, model: Path, options: RuntimeOptions, signature: Signature | None) -> None:
-        providers = _choose_providers(options)
-        on_gpu = providers[0] != _PROVIDERS["cpu"]
+        providers = choose_providers(options)
+        on_gpu = providers[0] != PROVIDERS["cpu"]
         self.meter: Meter | None = DriverMeter(options.memory_limit_bytes) if on_gpu else None
         self._session = _open(model, options, providers, self.meter)
         self._provider = self._session.get_providers()[0]
-        if self._provider == _PROVIDERS["cpu"]:
+        if self._provider == PROVIDERS["cpu"]:
             self.device, self.precision, self.meter = "cpu", "FP32", None
         else:
             # On Ampere and later the CUDA provider multiplies FP32 matrices in TF32 (use_tf32, on
@@ -93,26 +94,19 @@ class OnnxBackend:
                 f"{model}: BYTES inputs with BF16 outputs: ONNX Runtime's Python interface has no "
                 "call that takes the one and gives the other"
             )
-        self._bound: BoundSession | None = None
-        if self.device != "cpu" and "BYTES" not in types:
-            self._bound = BoundSession(self._session, declared, "cuda", 0)
+        self._run_options: ort.RunOptions | None = None
+        self._can_shrink = True
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """See `Backend.run`."""
         try:
-            if self._bound is not None:
-                return self._bound.run(inputs)
-            if self._plain:
-                feed = dict(zip(self._input_names, inputs, strict=True))
-                outputs: list[Array] = self._session.run(self._output_names, feed)
-                return outputs
-            return self._run_converted(inputs)
+            return self._run_or_keep(inputs)
         except Exception as error:
             fault = meaning(error, self.device)
             if fault is None:
                 raise
-        if self._bound is not None and isinstance(fault, MemoryExhausted):
-            self._bound.shed()
+        if self.device != "cpu" and self._can_shrink and isinstance(fault, MemoryExhausted):
+            self._shed()
         raise fault
 
     def check(self) -> None:
@@ -125,8 +119,40 @@ class OnnxBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._bound = None
         del self._session
+
+    def _run_or_keep(self, inputs: Sequence[Array]) -> list[Array]:
+        """`_run`; again with memory kept, where ONNX Runtime finds no arena to shrink after it."""
+        try:
+            return self._run(inputs)
+        except Exception as error:
+            if self._run_options is None or _NO_ARENA not in str(error):
+                raise
+        self._run_options, self._can_shrink = None, False
+        _log.warning(
+            "ONNX Runtime has no arena on the GPU that it could shrink: what a run has taken, this "
+            "replica keeps"
+        )
+        return self._run(inputs)
+
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        # Inputs go to the device within the run, into the session's arena. An OrtValue made on the
+        # device before would lie in one of the process, which knows no limit and is never shrunk.
+        if self._plain:
+            feed = dict(zip(self._input_names, inputs, strict=True))
+            outputs: list[Array] = self._session.run(self._output_names, feed, self._run_options)
+            return outputs
+        return self._run_converted(inputs)
+
+    def _shed(self) -> None:
+        """Have the arena give back after each run from now on.
+
+        An arena that ran full is in pieces, of which none may be large enough for a smaller run.
+        """
+        import onnxruntime as ort
+
+        self._run_options = ort.RunOptions()
+        self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
 
     def _run_converted(self, inputs: Sequence[Array]) -> list[Array]:
         """Run with what numpy and ONNX Runtime do not share: BF16 as OrtValues, BYTES as text."""
@@ -137,86 +163,16 @@ class OnnxBackend:
             )
         }
         if "BF16" not in self._output_types:
-            outputs = self._session.run(self._output_names, feed)
+            outputs = self._session.run(self._output_names, feed, self._run_options)
             return [
                 _from_text(out) if datatype == "BYTES" else out
                 for out, datatype in zip(outputs, self._output_types, strict=True)
             ]
-        values = self._session.run_with_ort_values(self._output_names, feed)
+        values = self._session.run_with_ort_values(self._output_names, feed, self._run_options)
         return [
             _from_text(v.numpy()) if t == "BYTES" else _copy_out(v, t)
             for v, t in zip(values, self._output_types, strict=True)
         ]
-
-
-class BoundSession:
-    """Runs a session through IO binding: inputs copied into device buffers that are kept per shape.
-
-    A buffer that stays at one address saves an allocation a run. Outputs are bound to the host, so
-    that ONNX Runtime copies them back inside the run. Works on "cpu" as well, which is how it is
-    tested.
-    """
-
-    def __init__(
-        self, session: ort.InferenceSession, signature: Signature, device: str, device_id: int
-    ) -> None:
-        self._session = session
-        self._signature = signature
-        self._device, self._device_id = device, device_id
-        self._bindings: dict[tuple[tuple[int, ...], ...], tuple[Any, list[Any]]] = {}
-        self._options: Any = None
-
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """See `Backend.run`; no BYTES."""
-        shapes = tuple(a.shape for a in inputs)
-        bound = self._bindings.get(shapes)
-        if bound is None:
-            bound = self._bind(shapes)
-        binding, values = bound
-        for value, array in zip(values, inputs, strict=True):
-            value.update_inplace(array)
-        self._session.run_with_iobinding(binding, self._options)
-        binding.synchronize_outputs()
-        return [
-            _copy_out(value, spec.datatype)
-            for value, spec in zip(binding.get_outputs(), self._signature.outputs, strict=True)
-        ]
-
-    def shed(self) -> None:
-        """Free the buffers of every shape, and have the arena give back after each run from now on.
-
-        An arena that ran full is in pieces, of which none may be large enough for a smaller run.
-        """
-        import onnxruntime as ort
-
-        self._bindings.clear()
-        self._options = ort.RunOptions()
-        arena = "gpu" if self._device == "cuda" else self._device
-        self._options.add_run_config_entry(
-            "memory.enable_memory_arena_shrinkage", f"{arena}:{self._device_id}"
-        )
-
-    @property
-    def shapes_kept(self) -> int:
-        """How many shapes have buffers of their own."""
-        return len(self._bindings)
-
-    def _bind(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, list[Any]]:
-        import onnxruntime as ort
-
-        if len(self._bindings) >= _MAX_BINDINGS:
-            self._bindings.pop(next(iter(self._bindings)))
-        binding, values = self._session.io_binding(), []
-        for spec, shape in zip(self._signature.inputs, shapes, strict=True):
-            value = ort.OrtValue.ortvalue_from_shape_and_type(
-                list(shape), _ONNX_TYPE[spec.datatype], self._device, self._device_id
-            )
-            binding.bind_ortvalue_input(spec.name, value)
-            values.append(value)
-        for spec in self._signature.outputs:
-            binding.bind_output(spec.name, "cpu")
-        self._bindings[shapes] = binding, values
-        return binding, values
 
 
 def _open(
@@ -225,15 +181,13 @@ def _open(
     """The session. Raises `ArtifactError` and `DeviceError`."""
     import onnxruntime as ort
 
-    if meter is not None:
-        # torch's wheels carry the CUDA and cuDNN libraries that the CUDA provider links to.
-        ort.preload_dlls()
+    missing = "" if meter is None else preload_libraries()
     limit = None if meter is None else allocator_limit(meter)
     try:
         session = ort.InferenceSession(
             str(model),
-            session_options(options.onnx),
-            providers=_with_options(providers, limit),
+            session_options(options.onnx, on_gpu=meter is not None),
+            providers=with_options(providers, limit),
             # By default it answers what fails on a GPU, a load or any later run, by a new session
             # on the CPU and a line on standard output.
             enable_fallback=0,
@@ -245,52 +199,19 @@ def _open(
         if fault is not None and meter is not None:
             raise does_not_fit(model, meter, fault.requested_bytes) from error
         raise ArtifactError(f"{model}: ONNX Runtime cannot load it: {one_line(error)}") from error
-    if meter is not None and session.get_providers()[0] == _PROVIDERS["cpu"]:
-        # ONNX Runtime only logs that a provider did not come up, and runs on the CPU.
+    if meter is not None and session.get_providers()[0] != providers[0]:
+        # ONNX Runtime only logs that a provider did not come up, and runs on the next.
         if options.device != "auto" or options.onnx.get("providers"):
-            detail = f"{providers[0]} did not start"
-            raise refused_by_runtime(_asked(options), "ONNX Runtime", detail)
+            detail = f"{providers[0]} did not start" + (f" ({missing[:300]})" if missing else "")
+            raise refused_by_runtime(asked_for(options), "ONNX Runtime", detail)
         _log.warning("a GPU is there but %s did not start: running on the CPU", providers[0])
+    elif meter is not None:
+        log_nodes_on_cpu(model, session)
+        require_loaded_within_limit(model, meter)
     return session
 
 
-def _choose_providers(options: RuntimeOptions) -> list[str]:
-    named = options.onnx.get("providers")
-    if named:
-        wants_gpu = any(name != "cpu" for name in named)
-        if wants_gpu and options.device == "cpu":
-            raise DeviceError(
-                f"onnx.providers asks for {', '.join(named)} but device is cpu: change one of them"
-            )
-        if options.device == "cuda" and not wants_gpu:
-            raise DeviceError(
-                "device is cuda but onnx.providers names only cpu: change one of the two"
-            )
-        if wants_gpu:
-            require_cuda(_asked(options))
-        chosen = [_PROVIDERS[name] for name in named]
-        return chosen if _PROVIDERS["cpu"] in chosen else [*chosen, _PROVIDERS["cpu"]]
-    if options.device == "cuda":
-        require_cuda(_asked(options))
-    if options.device == "cpu" or (options.device == "auto" and missing_cuda()):
-        return [_PROVIDERS["cpu"]]
-    return [_PROVIDERS["cuda"], _PROVIDERS["cpu"]]
-
-
-def _asked(options: RuntimeOptions) -> str:
-    named = options.onnx.get("providers")
-    return f"onnx.providers: {', '.join(named)}" if named else f"device: {options.device}"
-
-
-def _with_options(providers: Sequence[str], limit_bytes: int | None) -> list[Any]:
-    # The arena grows by what is asked for, not by doubling: models share a GPU.
-    cuda: dict[str, Any] = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
-    if limit_bytes is not None:
-        cuda["gpu_mem_limit"] = limit_bytes
-    return [(p, cuda) if p == _PROVIDERS["cuda"] else p for p in providers]
-
-
-def session_options(settings: Mapping[str, Any]) -> ort.SessionOptions:
+def session_options(settings: Mapping[str, Any], *, on_gpu: bool = False) -> ort.SessionOptions:
     """What a replica gives its session; `settings` are the fields of `OnnxConfig`."""
     import onnxruntime as ort
 
@@ -310,6 +231,10 @@ def session_options(settings: Mapping[str, Any]) -> ort.SessionOptions:
     # Idle pool threads sleep instead of spinning: the gateway shares these cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # A shape's second run would take one block for all that the first took piece by piece, beside
+    # these: more than a warm-up has measured.
+    options.enable_mem_pattern = not on_gpu
+    options.add_session_config_entry(RECORD_NODES, "1" if on_gpu else "0")
     # Weights are allocated at their size, not in the arena, which rounds up.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return options

@@ -1,8 +1,7 @@
-"""The Torch backend: `.pt2` (torch.export) and TorchScript. The only file that imports torch."""
+"""The Torch backend: `.pt2` (torch.export) and TorchScript. Only `torch*` here import torch."""
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,29 +17,27 @@ from serving.errors import ArtifactError, DeviceError, ServingError
 from serving.replica.backends.base import (
     Array,
     RuntimeOptions,
-    allocator_limit,
     as_raw,
     does_not_fit,
     one_line,
 )
-from serving.replica.backends.cuda import (
-    context_fault,
-    missing_cuda,
-    refused_by_runtime,
-    require_cuda,
-)
+from serving.replica.backends.cuda import context_fault
 from serving.replica.backends.faults import (
     FatalDeviceError,
     MemoryExhausted,
     meaning,
     refused_shape,
 )
-from serving.replica.backends.meters import DriverMeter, Meter
+from serving.replica.backends.meters import Meter
+from serving.replica.backends.torch_cuda import (
+    TorchMeter,
+    choose_device,
+    limit_allocator,
+    refusals,
+)
 
 if TYPE_CHECKING:
     import torch
-
-_log = logging.getLogger(__name__)
 
 # torch dtype name → datatype.
 _DATATYPES: Final[Mapping[str, str]] = {
@@ -76,7 +73,7 @@ class TorchBackend:
 
         self._torch = torch
         self.platform = platform
-        self.device = _choose_device(options)
+        self.device = choose_device(options)
         if threads := options.torch.get("threads", 1):
             torch.set_num_threads(threads)
         self._cast = _named_dtype(options.torch.get("dtype"))
@@ -84,7 +81,7 @@ class TorchBackend:
         self.meter: Meter | None = None
         if self.device != "cpu":
             self.meter = TorchMeter(options.memory_limit_bytes)
-            _limit_allocator(self.meter)
+            limit_allocator(self.meter)
         loaded = self._load(model, options)
         self._call, self._module, declared = loaded.call, loaded.module, loaded.declared
         if signature is None and declared is None:
@@ -94,6 +91,7 @@ class TorchBackend:
         if signature is not None:
             _check(model, signature, declared)
         self.signature: Signature = signature or declared  # type: ignore[assignment]
+        self._refusals = 0
         self._stream = torch.cuda.Stream(self.device) if self.device != "cpu" else None
         self.check()
 
@@ -102,7 +100,8 @@ class TorchBackend:
         try:
             outputs = self._run(inputs)
         except Exception as error:
-            fault = refused_shape(error) or meaning(error, self.device)
+            refused = self._memory_refused()
+            fault = refused_shape(error) or meaning(error, self.device, refused=refused)
             if fault is None:
                 raise
         else:
@@ -124,6 +123,13 @@ class TorchBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         del self._call, self._module
+
+    def _memory_refused(self) -> bool:
+        """Whether torch's allocator has refused memory since this was last asked."""
+        if self.meter is None:
+            return False
+        before, self._refusals = self._refusals, refusals()
+        return self._refusals > before
 
     def _load(self, model: Path, options: RuntimeOptions) -> _Loaded:
         """The model on its device. Raises `ArtifactError` and `DeviceError`."""
@@ -205,23 +211,6 @@ class TorchBackend:
         return as_raw(np.asarray(tensor.numpy()))
 
 
-def _choose_device(options: RuntimeOptions) -> str:
-    import torch
-
-    if options.device == "cpu":
-        return "cpu"
-    usable = missing_cuda() is None and torch.cuda.is_available()
-    if usable:
-        return "cuda:0"
-    if options.device == "auto":
-        return "cpu"
-    require_cuda("device: cuda")
-    detail = (
-        "this build of torch has no CUDA" if torch.version.cuda is None else "it finds no device"
-    )
-    raise refused_by_runtime("device: cuda", "torch", detail)
-
-
 def _precision(device: str, dtype: str | None) -> str:
     if dtype is not None and dtype != "float32":
         return _DATATYPES[dtype]
@@ -291,34 +280,6 @@ def _load_script(
 def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-class TorchMeter(DriverMeter):
-    """As the driver sees it, with the peaks that torch's own allocator remembers."""
-
-    def peak_bytes(self) -> int:
-        """See `Meter.peak_bytes`."""
-        import torch
-
-        given_back = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
-        return self.held_bytes() + int(given_back)
-
-    def restart(self) -> None:
-        """See `Meter.restart`."""
-        import torch
-
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _limit_allocator(meter: Meter) -> None:
-    """Cap torch's allocator. Raises `DeviceError` if there is nothing left for it."""
-    import torch
-
-    limit = allocator_limit(meter)
-    if limit is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), 0)
 
 
 def script_arguments(model: Path) -> list[str]:

@@ -1,5 +1,6 @@
 /* libcuda.so.1 for machines without a GPU: one device, whose context answers every call with the
- * number that the file $FAKE_CUDA_STATE holds, as a broken one does. */
+ * number that the file $FAKE_CUDA_STATE holds, as a broken one does. $FAKE_CUDA_DRIVER is the version
+ * of CUDA that the driver supports, 13000 by default. */
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +23,12 @@ static int state(void) {
 }
 
 int cuInit(unsigned flags) { return flags ? INVALID_VALUE : SUCCESS; }
+
+int cuDriverGetVersion(int *version) {
+    const char *driver = getenv("FAKE_CUDA_DRIVER");
+    *version = driver ? atoi(driver) : 13000;
+    return SUCCESS;
+}
 
 int cuDeviceGetCount(int *count) {
     const char *visible = getenv("CUDA_VISIBLE_DEVICES");
@@ -46,6 +53,7 @@ int cuDeviceGetName(char *name, int length, int device) {
 }
 
 int cuDevicePrimaryCtxRetain(void **context, int device) {
+    setenv("FAKE_CUDA_CONTEXT", "1", 1); /* the fake NVML sees it */
     *context = &device_context;
     return device;
 }
