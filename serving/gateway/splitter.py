@@ -43,7 +43,7 @@ class Splitter:
         "_overrides", "_patience", "_plain", "_room", "_salt", "_shadowing", "_spare",
         "_stable_trial", "_uncounted", "_unit", "_units", "_waiting", "_watch",
         "_weight", "arm", "breaker", "canary", "diverted", "headers", "memory", "overridden",
-        "recorder", "rollout", "shadow", "shield", "shielded", "stable", "sticks",
+        "recorder", "refusals_tell", "rollout", "shadow", "shield", "shielded", "stable", "sticks",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +89,8 @@ class Splitter:
         self._weight = split.weight
         self._salt = split.salt.encode()
         self.shield = split.shield
+        # Whether the comparison of both arms tells whose fault inputs are that a model refuses.
+        self.refusals_tell = not split.shield and 0.0 < split.weight < 1.0
         self._overrides = [(n.encode(), v.encode(), arm) for n, v, arm in split.overrides]
         # What sticks to an arm; it gives None where a request is drawn by chance.
         self._unit = unit_finder(split.unit)

@@ -5,8 +5,9 @@ has one weight; a request belongs to the epoch in which it was assigned, however
 
 A trial counts each way the evidence needs: requests and failed requests, batches and failed
 batches. What a client did wrong is in neither, if that is known: without a shield nobody says whose
-fault an input is that a model refuses, so it counts in both arms. What a client gave up is in
-neither, but if it waited for longer than the epoch's latency bound its answer is known to be slow.
+fault an input is that a model refuses, so it counts in both arms while they are compared. What a
+client gave up is in neither, but if it waited for longer than the epoch's latency bound its answer
+is known to be slow.
 
 Where units stick to their arm, users say, a request is a unit: its first answer counts, and its
 first failure, by batch too. Latency is that of every request and every run. A batch is a run, or a
@@ -281,10 +282,10 @@ class Trial:
 
         An input that the canary's model refuses is the client's fault if stable refuses it too, so
         that is counted once stable has answered. Without a shield stable is not asked: refused
-        inputs are counted in both arms.
+        inputs are counted in both arms, if there are two.
         """
         refused = isinstance(error, InvalidRequest)
-        if not isinstance(error, Overloaded) and not (refused and self.splitter.shield):
+        if self.splitter.refusals_tell if refused else not isinstance(error, Overloaded):
             self.count_failure(call, doubtful=refused)
         if self.arm == STABLE or call.unseen:
             return False
