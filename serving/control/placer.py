@@ -26,6 +26,7 @@ from serving.control.gpu_demands import (
 )
 from serving.control.gpus import Standing
 from serving.control.leases import Applicant, Lease, LeaseBook
+from serving.control.placement_view import claim_row, gpu_row, sentence
 from serving.control.reconcile import Clock
 from serving.control.records import Record
 from serving.control.state import State
@@ -239,8 +240,12 @@ class Placer:
         placed = self.book.plan(found, demands, without=gone)
         if not found:
             placed = Placement(placed.slots)
+        planned = {
+            app: (needs[app].bytes, slots[len(self.book.staying(app)) :])
+            for app, slots in placed.slots.items()
+        }
         return {
-            "gpus": [self._gpu(device, placed, needs, gone) for device in found],
+            "gpus": [gpu_row(d, self._held_on(d, gone), planned.values()) for d in found],
             "models": [
                 self._row(c, needs.get(c.app.name), placed, c.app.name in new)
                 for wave in waves
@@ -248,49 +253,16 @@ class Placer:
             ],
         }
 
-    def _gpu(
-        self, device: Device, placed: Placement, needs: Mapping[str, Need], gone: Collection[str]
-    ) -> dict[str, Any]:
-        leased = [x for x in self.book.on(device.uuid) if x.app not in gone]
-        planned = sum(
-            needs[app].bytes * slots[len(self.book.staying(app)) :].count(device.uuid)
-            for app, slots in placed.slots.items()
-        )
-        held = sum(x.terms.bytes for x in leased)
-        return {
-            "uuid": device.uuid,
-            "node": device.node,
-            "type": device.type,
-            "memory_bytes": device.memory_bytes or None,
-            "leased_bytes": held,
-            "planned_bytes": planned,
-            "others_bytes": device.used_by_others,
-            "free_bytes": max(0, device.memory_bytes - device.used_by_others - held - planned),
-            "cordoned": device.cordoned,
-            "throttled": device.throttled,
-            "mig": device.mig,
-        }
+    def _held_on(self, device: Device, gone: Collection[str]) -> int:
+        return sum(x.terms.bytes for x in self.book.on(device.uuid) if x.app not in gone)
 
     def _row(self, claim: Claim, need: Need | None, placed: Placement, new: bool) -> dict[str, Any]:
-        app = claim.app
-        leases = self.book.staying(app.name)
-        slots = placed.slots.get(app.name, ())
+        name = claim.app.name
         return {
-            "app": app.name,
-            "model": app.replica.model,
-            "version": app.replica.version,
-            "replicas": claim.replicas,
+            **claim_row(claim, need, placed, [x.replica for x in self.book.staying(name)]),
             "new": new,
-            "bytes": need.bytes if need else None,
-            "basis": need.basis if need else "",
-            "estimated": need.estimated if need else False,
-            "ceilings": self._needs.ceilings(app.replica.digest),
-            "slots": [
-                {"uuid": gpu, "replica": leases[i].replica if i < len(leases) else None}
-                for i, gpu in enumerate(slots)
-            ],
-            "refused": placed.refused.get(app.name),
-            "stays": self.stays.get(app.name),
+            "ceilings": self._needs.ceilings(claim.app.replica.digest),
+            "stays": self.stays.get(name),
         }
 
     # What replicas ask for.
@@ -404,8 +376,3 @@ class Placer:
             for c in wave
             if wants_gpu(c.app.replica, there_are_any=bool(found))
         }
-
-
-def sentence(row: Mapping[str, Any]) -> str:
-    """A refusal with its subject."""
-    return f"model {row['model']!r} version {row['version']} {row['refused']}"
