@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Final
 
+from serving.core.rollout_danger import lost_arms, withheld
 from serving.core.rollout_hooks import gate_key, so_far
 from serving.core.rollout_progress import (
     find_event,
     gate_passed,
-    lost_arms,
     missing_evidence,
     pairs_compared,
     proceeds,
-    span,
 )
 from serving.core.rollout_states import State
+from serving.core.rollout_timing import span
 from serving.core.rollout_types import Rollout, Snapshot
 from serving.core.urls import place
 
@@ -30,6 +30,11 @@ _STAGES: Final = {
 
 def next_sentence(rollout: Rollout, snapshot: Snapshot) -> str:
     """What the next ticks wait for, or what they will do."""
+    if against := withheld(rollout, snapshot):
+        return (
+            f"{_version(rollout).capitalize()} would be taken back, but version {rollout.stable} "
+            f"has no ready replica. Is taken back when it is back, or by an abort: {against}."
+        )
     if rollout.state is State.PAUSED:
         return _paused(rollout)
     if lost := lost_arms(rollout):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
+from serving.core.rollout_danger import EVENTS, NOTHING, Finding, danger, lost_arms
 from serving.core.rollout_hooks import gate_hook, gate_key, hooks, so_far, webhooks
-from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction, TriggerAction
-from serving.core.rollout_states import PAUSABLE, Event, State
-from serving.core.rollout_timing import units_needed
+from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction
+from serving.core.rollout_states import Event, State
+from serving.core.rollout_timing import span, units_needed
 from serving.core.rollout_types import Hook, Outcome, Rollout, Snapshot, Verdict
 from serving.core.urls import place
 
@@ -24,25 +25,10 @@ WATCHED: Final = frozenset(
 """Stages with canary traffic, paused or not: arms are watched, triggers judged and obeyed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The event that a tick found with its reason; or none, and whether evidence is waited for.
-
-    Where web services are waited for, the reason is what they have to say first.
-    """
-
-    event: Event | None = None
-    reason: str = ""
-    waiting: bool = False
-
-
-NOTHING: Final = Finding()
-
-
 def find_event(rollout: Rollout, snapshot: Snapshot) -> Finding:
     """The event that this tick brings to a rollout whose verdicts are up to date."""
     if rollout.stage in WATCHED:
-        finding = _danger(rollout, snapshot)
+        finding = danger(rollout, snapshot)
         # A lost arm stops every clock but that of its own return.
         if finding.event or rollout.state is State.PAUSED or lost_arms(rollout):
             return finding
@@ -60,24 +46,6 @@ def find_event(rollout: Rollout, snapshot: Snapshot) -> Finding:
         case State.SHADOWING | State.OBSERVING | State.AWAITING_GATE:
             return _stepping(rollout, snapshot)
     return NOTHING
-
-
-def lost_arms(rollout: Rollout) -> tuple[str, ...]:
-    """The versions that have no ready replica now, stable first."""
-    stable = (rollout.stable,) if rollout.stable_lost_at is not None else ()
-    canary = (rollout.canary,) if rollout.canary_lost_at is not None else ()
-    return stable + canary
-
-
-def fired(rollout: Rollout, action: TriggerAction) -> tuple[Verdict, ...]:
-    """The verdicts that fail, ask for `action`, and were not resumed past."""
-    return tuple(
-        v
-        for v in rollout.verdicts
-        if v.verdict is Outcome.FAIL
-        and v.action == action
-        and (v.trigger, Outcome.FAIL) not in rollout.acknowledged
-    )
 
 
 def missing_evidence(rollout: Rollout, snapshot: Snapshot) -> tuple[str, ...]:
@@ -173,63 +141,6 @@ def step_units(rollout: Rollout, snapshot: Snapshot) -> int:
     epochs = (e.epoch for e in rollout.epochs if e.step == rollout.step)
     counts = (snapshot.counts[e] for e in epochs if e in snapshot.counts)
     return sum(row.requests for c in counts for row in c.canary.values())
-
-
-def span(seconds: float) -> str:
-    """A duration for a person: "45 s", "2 min", "1 h 30 min"."""
-    whole = max(0, round(seconds))
-    if whole < 120:
-        return f"{whole} s"
-    minutes = round(whole / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours, rest = divmod(minutes, 60)
-    return f"{hours} h {rest} min" if rest else f"{hours} h"
-
-
-def _danger(rollout: Rollout, snapshot: Snapshot) -> Finding:
-    acts = not rollout.spec.analysis.dry_run
-    if acts and (failing := fired(rollout, "rollback")):
-        return Finding(Event.FAIL, _sentences(failing))
-    if gone := _canary_gone(rollout, snapshot):
-        return Finding(Event.NOT_READY, gone)
-    if not acts:
-        return NOTHING
-    if silent := _silent_provider(rollout, snapshot):
-        action = rollout.spec.analysis.on_provider_error.action
-        if action == "rollback" or rollout.state in PAUSABLE:
-            return Finding(_EVENTS[action], silent)
-    if rollout.state in PAUSABLE and (failing := fired(rollout, "pause")):
-        return Finding(Event.PAUSE, _sentences(failing))
-    return NOTHING
-
-
-_EVENTS: Final[dict[TriggerAction, Event]] = {"rollback": Event.FAIL, "pause": Event.PAUSE}
-
-
-def _sentences(verdicts: tuple[Verdict, ...]) -> str:
-    return "; ".join(v.sentence for v in verdicts)
-
-
-def _canary_gone(rollout: Rollout, snapshot: Snapshot) -> str:
-    if snapshot.canary_failed:
-        return f"version {rollout.canary} failed: {snapshot.canary_failed}"
-    lost_at, limit = rollout.canary_lost_at, rollout.spec.ready_timeout_s
-    if lost_at is not None and snapshot.now - lost_at >= limit:
-        return f"version {rollout.canary} has had no ready replica for {span(limit)}"
-    return ""
-
-
-def _silent_provider(rollout: Rollout, snapshot: Snapshot) -> str:
-    limit = rollout.spec.analysis.on_provider_error.count
-    for trigger in rollout.spec.analysis.triggers:
-        answer = snapshot.providers.get(trigger.name)
-        if trigger.kind not in PROVIDER_KINDS or answer is None or answer.errors < limit:
-            continue
-        if (trigger.name, Outcome.UNKNOWN) not in rollout.acknowledged:
-            about = f": {answer.message}" if answer.message else ""
-            return f"{trigger.name} did not answer {answer.errors} times in a row{about}"
-    return ""
 
 
 def _preparing(rollout: Rollout, snapshot: Snapshot) -> Finding:
@@ -370,7 +281,7 @@ def _timed_out(rollout: Rollout, snapshot: Snapshot, action: TimeoutAction, reas
         # While webhooks are asked first, evidence is still what is missing.
         going = _forward(rollout, snapshot, f"{reason}; the plan says to proceed")
         return replace(going, waiting=True)
-    return Finding(_EVENTS[action], reason)
+    return Finding(EVENTS[action], reason)
 
 
 def _asked(

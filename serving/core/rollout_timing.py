@@ -50,6 +50,18 @@ def longest(spec: RolloutSpec, step: Step) -> float:
     return step.hold_s + spec.analysis.on_insufficient_data.after_s
 
 
+def span(seconds: float) -> str:
+    """A duration for a person: "45 s", "2 min", "1 h 30 min"."""
+    whole = max(0, round(seconds))
+    if whole < 120:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if rest else f"{hours} h"
+
+
 def _step(spec: RolloutSpec, index: int, step: Step, requests_per_s: float) -> StepTime:
     needs = 0 if spec.analysis.dry_run else units_needed(spec, step)
     seconds = max(step.hold_s, _seconds(needs, requests_per_s * step.weight / 100))

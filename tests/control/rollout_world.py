@@ -114,6 +114,8 @@ def check(controller: Controller) -> None:
             v for v in rollout.verdicts if v.verdict is Outcome.FAIL and v.action == "rollback"
         ]
         if failed and rollout.active and not rollout.spec.analysis.dry_run:
+            if rollout.stable_lost_at is not None:
+                continue  # withheld, as nobody else could answer
             assert rollout.weight == 0.0
             route = controller.board.table.models.get(rollout.model)
             if route is not None and route.split is not None:

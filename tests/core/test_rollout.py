@@ -259,10 +259,50 @@ def test_with_both_arms_away_the_canary_has_no_weight() -> None:
     assert w.tick().weight == 0
 
 
+@pytest.mark.parametrize("state", [State.SHADOWING, State.OBSERVING, State.PAUSED, State.BAKING])
+def test_a_verdict_waits_until_there_is_a_version_to_go_back_to(state: State) -> None:
+    w = world()
+    if state is State.PAUSED:
+        w.to(State.OBSERVING).say("pause")
+    w.to(state)
+    w.stable_ready, w.restarts = 0, (w.now - 2, w.now - 1)
+    for _ in range(5):
+        assert w.tick().state is state, "who answers is not taken away while nobody else can"
+        assert w.rollout.weight == (0 if state is State.SHADOWING else 1)
+    failed = next(v for v in w.rollout.verdicts if v.verdict == "fail")
+    assert w.next == (
+        "Version 2 would be taken back, but version 1 has no ready replica. Is taken back when it "
+        f"is back, or by an abort: {failed.sentence}."
+    )
+    w.stable_ready = 1
+    assert w.tick().state is State.ROLLING_BACK
+    assert (w.rollout.weight, w.rollout.reason) == (0, failed.sentence)
+
+
+def test_a_silent_provider_takes_nothing_back_either_while_stable_is_away() -> None:
+    rule = ProviderErrors(5, "rollback")
+    w = world(plan(analysis=analysis(QUEUE, on_provider_error=rule)), providers={"queue": OK})
+    w.to(State.OBSERVING)
+    w.stable_ready, w.providers = 0, {"queue": SILENT}
+    assert (w.tick().state, w.rollout.weight) == (State.OBSERVING, 1)
+    assert "queue did not answer 5 times in a row" in w.next
+    w.stable_ready = 1
+    assert w.tick().state is State.ROLLING_BACK
+
+
+def test_a_person_aborts_while_stable_is_away() -> None:
+    w = world().to(State.OBSERVING)
+    w.stable_ready = 0
+    w.tick()
+    w.say("abort")
+    assert (w.rollout.state, w.rollout.weight) == (State.ROLLING_BACK, 0)
+
+
 def test_a_version_that_failed_answers_nothing_even_if_stable_is_lost() -> None:
     w = world().to(State.BAKING)
-    w.stable_ready, w.restarts = 0, (w.now - 2, w.now - 1)
+    w.restarts = (w.now - 2, w.now - 1)
     assert w.tick().state is State.ROLLING_BACK
+    w.stable_ready = 0
     assert w.rollout.weight == 0
     for _ in range(99):
         assert w.tick().state is State.ROLLING_BACK
