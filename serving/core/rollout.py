@@ -207,6 +207,9 @@ def _resumed(paused: Rollout, moved: Rollout, now: float) -> Rollout:
         entered_at=now if at_gate else now - paused.elapsed_s,
         step_entered_at=paused.step_entered_at + (now - paused.entered_at),
         acknowledged=_known(paused),
+        # Where its time was over, all that the bake can have lacked is known to who resumes it.
+        units_waived=moved.state is State.BAKING
+        and paused.elapsed_s >= paused.spec.bake.duration_s,
     )
 
 

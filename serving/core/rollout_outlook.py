@@ -12,6 +12,7 @@ from serving.core.rollout_progress import (
     missing_evidence,
     pairs_compared,
     proceeds,
+    time_over,
 )
 from serving.core.rollout_states import State
 from serving.core.rollout_timing import span
@@ -53,8 +54,7 @@ def next_sentence(rollout: Rollout, snapshot: Snapshot) -> str:
         case State.PROMOTING:
             return f"Bakes as soon as every gateway sends all requests to {_version(rollout)}."
         case State.BAKING:
-            left = rollout.spec.bake.duration_s - (snapshot.now - rollout.entered_at)
-            return f"Succeeds in {span(left)} if nothing speaks against it."
+            return _until_baked(rollout, snapshot)
         case State.ROLLING_BACK:
             return (
                 f"Is rolled back as soon as every gateway sends all requests to version "
@@ -101,10 +101,10 @@ def _until_ready(rollout: Rollout, snapshot: Snapshot) -> str:
 def _until_shadowed(rollout: Rollout, snapshot: Snapshot) -> str:
     shadow, then = rollout.spec.shadow, _following(rollout)
     if shadow is None:
-        return _asking(rollout, snapshot, then)
+        return _once_evident(rollout, snapshot, then)
+    if time_over(rollout, snapshot):
+        return _once_evident(rollout, snapshot, then)
     left = shadow.max_duration_s - (snapshot.now - rollout.entered_at)
-    if left <= 0 or pairs_compared(snapshot) >= shadow.min_pairs:
-        return _asking(rollout, snapshot, then)
     return (
         f"{then} after {shadow.min_pairs} pairs of answers ({pairs_compared(snapshot)} compared), "
         f"or in {span(left)}."
@@ -119,6 +119,18 @@ def _until_stepped(rollout: Rollout, snapshot: Snapshot) -> str:
     left = step.hold_s - (snapshot.now - rollout.step_entered_at)
     if left > 0:
         return f"{then} in {span(left)} if nothing speaks against it."
+    return _once_evident(rollout, snapshot, then)
+
+
+def _until_baked(rollout: Rollout, snapshot: Snapshot) -> str:
+    left = rollout.spec.bake.duration_s - (snapshot.now - rollout.entered_at)
+    if left > 0:
+        return f"Succeeds in {span(left)} if nothing speaks against it."
+    return _once_evident(rollout, snapshot, "Succeeds")
+
+
+def _once_evident(rollout: Rollout, snapshot: Snapshot, then: str) -> str:
+    """What follows where time is over: at once, or when somebody or the evidence says so."""
     missing = missing_evidence(rollout, snapshot)
     if not missing or proceeds(rollout, snapshot):
         return _asking(rollout, snapshot, then)

@@ -155,7 +155,8 @@ class Rollout:
     `stable_lost_at` and `canary_lost_at` say since when an arm has had no ready replica.
     `waiting_since`: when the step's hold was over but evidence was missing. `acknowledged` has
     (trigger, outcome) that a person resumed past: it does not pause again while it lasts.
-    `elapsed_s` is how long a paused rollout had been in `resume_to`. `warm_until`: how long the old
+    `elapsed_s` is how long a paused rollout had been in `resume_to`. `units_waived`: a person went
+    on from a bake that lacked requests. `warm_until`: how long the old
     version is kept after success.
     """
 
@@ -185,6 +186,7 @@ class Rollout:
     canary_lost_at: float | None = None
     waiting_since: float | None = None
     elapsed_s: float = 0.0
+    units_waived: bool = False
     warm_until: float | None = None
 
     @property

@@ -394,6 +394,110 @@ def test_data_of_an_earlier_step_is_none_of_this_one() -> None:
     assert "version 2 has answered 0 of the 50 requests" in w.next
 
 
+def all_at_once(**changes: object) -> RolloutSpec:
+    """PLAN without steps: from the shadow straight to the promotion."""
+    return plan(steps=(), **changes)
+
+
+def test_without_steps_a_shadow_that_compared_next_to_nothing_promotes_nothing() -> None:
+    rule = InsufficientData(300, "pause")
+    w = world(all_at_once(analysis=analysis(on_insufficient_data=rule)), rate=0)
+    w.to(State.SHADOWING).tick(60)
+    w.tick(299)
+    assert (w.rollout.state, w.rollout.weight) == (State.SHADOWING, 0)
+    assert w.next == (
+        "Version 2 is promoted once there is evidence: 0 pairs of answers were compared of the 50 "
+        "that a promotion without steps needs. Without it the rollout is paused in 1 s."
+    )
+    assert w.tick().state is State.PAUSED
+    assert w.rollout.reason == (
+        "evidence was still missing 5 min after the shadow traffic: 0 pairs of answers were "
+        "compared of the 50 that a promotion without steps needs"
+    )
+    w.say("resume")
+    w.rate = 1000
+    assert w.tick().state is State.PROMOTING
+
+
+def test_without_steps_some_pairs_are_enough_at_the_end_of_the_shadow() -> None:
+    w = world(all_at_once(shadow=replace(PLAN.shadow, min_pairs=2000)), rate=20)
+    w.to(State.PROMOTING)
+    assert w.rollout.reason == "60 s of shadow traffic gave 240 pairs of answers"
+
+
+@pytest.mark.parametrize("steps", [(), PLAN.steps])
+def test_a_provider_that_never_answered_keeps_the_shadow_back(steps: tuple[Step, ...]) -> None:
+    spec = plan(steps=steps, analysis=analysis(QUEUE))
+    w = world(spec, providers={"queue": ProviderState("unknown")}).to(State.SHADOWING)
+    w.tick(60)
+    w.tick(600)
+    assert (w.rollout.state, w.rollout.waiting_since) == (State.SHADOWING, w.now - 600)
+    assert "once there is evidence: queue: no answer" in w.next
+    w.providers = {"queue": SILENT}
+    assert w.tick().state is State.PAUSED
+    w.say("resume")
+    assert w.tick().state is (State.OBSERVING if steps else State.PROMOTING)
+
+
+def test_a_provider_that_never_answered_keeps_the_bake_back() -> None:
+    w = world(plan(analysis=analysis(QUEUE)), providers={"queue": OK}).to(State.BAKING)
+    w.providers = {"queue": ProviderState("unknown")}
+    w.tick(120)
+    w.tick(600)
+    assert w.rollout.state is State.BAKING
+    assert w.next.startswith("Succeeds once there is evidence: queue: no answer")
+    assert due_hooks(w.rollout, w.snapshot()) == ()
+    assert w.tick(1200).state is State.PAUSED
+    assert w.rollout.weight == 1
+    w.say("resume")
+    w.providers = {"queue": OK}
+    assert w.tick().state is State.SUCCEEDED
+
+
+def test_a_bake_needs_requests_as_a_step_does() -> None:
+    w = world(all_at_once(shadow=None), rate=0).to(State.BAKING)
+    w.tick(120)
+    assert w.rollout.state is State.BAKING
+    assert w.next == (
+        "Succeeds once there is evidence: version 2 has answered 0 of the 50 requests that a "
+        "rollout needs. Without it the rollout is paused in 30 min."
+    )
+    w.rate = 10
+    w.tick(4)
+    assert "has answered 40 of the 50" in w.next
+    assert w.tick().state is State.SUCCEEDED
+
+
+def test_requests_of_the_steps_count_for_the_bake() -> None:
+    w = world().to(State.BAKING)
+    w.rate = 0
+    assert w.tick(120).state is State.SUCCEEDED
+
+
+def test_who_resumes_a_bake_that_is_over_goes_on_without_requests() -> None:
+    w = world(all_at_once(shadow=None), rate=0).to(State.BAKING)
+    w.tick(60)
+    w.say("pause")
+    w.say("resume")
+    w.tick(60)
+    w.tick(1799)
+    assert w.rollout.state is State.BAKING, "that pause was not for want of requests"
+    assert w.tick().state is State.PAUSED
+    assert w.next.endswith("Goes on with its bake when resumed.")
+    w.say("resume", "nobody uses it at night")
+    assert stored(w.tick()).state is State.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("action", "state"), [("rollback", State.ROLLING_BACK), ("proceed", State.SUCCEEDED)]
+)
+def test_a_plan_says_what_a_bake_without_requests_comes_to(action: str, state: State) -> None:
+    rule = InsufficientData(300, action)  # type: ignore[arg-type]
+    w = world(all_at_once(shadow=None, analysis=analysis(on_insufficient_data=rule)), rate=0)
+    w.to(State.BAKING).tick(120)
+    assert w.tick(300).state is state
+
+
 # Pauses.
 
 
@@ -445,10 +549,8 @@ def test_a_bake_does_not_go_on_while_it_is_paused() -> None:
 
 
 def test_a_silent_provider_pauses_but_neither_fails_nor_passes() -> None:
-    w = world(
-        plan(analysis=analysis(QUEUE)), providers={"queue": ProviderState("unknown", errors=4)}
-    )
-    w.to(State.OBSERVING)
+    w = world(plan(analysis=analysis(QUEUE)), providers={"queue": OK}).to(State.OBSERVING)
+    w.providers = {"queue": ProviderState("unknown", errors=4)}
     w.tick(60)
     assert w.rollout.step == 0
     assert w.next.startswith("Step 2 (50 %) begins once there is evidence: queue: no answer")
