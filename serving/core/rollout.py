@@ -26,7 +26,7 @@ from serving.core.rollout_baseline import (
 from serving.core.rollout_counts import EpochCounts
 from serving.core.rollout_progress import WATCHED, find_event
 from serving.core.rollout_spec import FLOOR_S, RolloutSpec
-from serving.core.rollout_states import TERMINAL, TRANSITIONS, Event, State
+from serving.core.rollout_states import ALONE, TERMINAL, TRANSITIONS, Event, State
 from serving.core.rollout_types import (
     Approval,
     Epoch,
@@ -72,7 +72,6 @@ COMMANDS: Final = {
 _PROMOTABLE: Final = frozenset({State.SHADOWING, State.OBSERVING, State.AWAITING_GATE})
 _RESTARTS_KEPT: Final = 100  # more than any crash-loop trigger asks about
 _STEPPING: Final = frozenset({State.OBSERVING, State.AWAITING_GATE})
-_ALONE: Final = frozenset({State.PROMOTING, State.BAKING})
 
 
 def new_rollout(
@@ -282,7 +281,8 @@ def _arms_watched(rollout: Rollout, snapshot: Snapshot) -> Rollout:
     stable = _lost_at(rollout.stable_lost_at, snapshot.stable_ready, now)
     canary = _lost_at(rollout.canary_lost_at, snapshot.canary_ready, now)
     watched = replace(rollout, stable_lost_at=stable, canary_lost_at=canary)
-    away = _was_away(rollout.stable_lost_at, stable, now)
+    missed = rollout.stage not in ALONE
+    away = _was_away(rollout.stable_lost_at, stable, now) if missed else 0.0
     away += _was_away(rollout.canary_lost_at, canary, now)
     if not away or rollout.state is State.PAUSED:
         return watched
@@ -321,7 +321,7 @@ def _frozen(rollout: Rollout, snapshot: Snapshot) -> dict[str, Any]:
 
     Within a step latency bounds follow stable, where it has become faster or slower.
     """
-    if rollout.stage not in _STEPPING | _ALONE:
+    if rollout.stage not in _STEPPING | ALONE:
         return {}
     current, kinds = rollout.current, {t.kind for t in rollout.spec.analysis.triggers}
     entering = rollout.step != current.step
@@ -339,7 +339,7 @@ def _latency_bounds(rollout: Rollout, snapshot: Snapshot, entering: bool) -> tup
     floor_s = min((t.floor_s for t in analysis.triggers if t.kind == "latency"), default=FLOOR_S)
     if entering or frozen is None:
         return latency_bounds(stable_so_far(snapshot.counts), floor_s) or frozen
-    if rollout.stage in _ALONE:
+    if rollout.stage in ALONE:
         return frozen
     since = snapshot.counts.get(rollout.epoch, EpochCounts()).arm("stable")
     changes = sum(e.step == rollout.step for e in rollout.epochs) - 1

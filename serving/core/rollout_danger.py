@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from serving.core.rollout_spec import PROVIDER_KINDS, TriggerAction
-from serving.core.rollout_states import PAUSABLE, Event
+from serving.core.rollout_states import ALONE, PAUSABLE, Event
 from serving.core.rollout_timing import span
 from serving.core.rollout_types import Outcome, Rollout, Snapshot, Verdict
 
@@ -57,9 +57,10 @@ def withheld(rollout: Rollout, snapshot: Snapshot) -> str:
     return _against(rollout, snapshot) if rollout.stable_lost_at is not None else ""
 
 
-def lost_arms(rollout: Rollout) -> tuple[str, ...]:
-    """The versions that have no ready replica now, stable first."""
-    stable = (rollout.stable,) if rollout.stable_lost_at is not None else ()
+def stopped_by(rollout: Rollout) -> tuple[str, ...]:
+    """The versions, stable first, that have no ready replica now and stop the clocks by it."""
+    missed = rollout.stable_lost_at is not None and rollout.stage not in ALONE
+    stable = (rollout.stable,) if missed else ()
     canary = (rollout.canary,) if rollout.canary_lost_at is not None else ()
     return stable + canary
 

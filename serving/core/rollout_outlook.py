@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from serving.core.rollout_danger import lost_arms, withheld
+from serving.core.rollout_danger import stopped_by, withheld
 from serving.core.rollout_hooks import gate_key, so_far
 from serving.core.rollout_progress import (
     find_event,
@@ -38,7 +38,7 @@ def next_sentence(rollout: Rollout, snapshot: Snapshot) -> str:
         )
     if rollout.state is State.PAUSED:
         return _paused(rollout)
-    if lost := lost_arms(rollout):
+    if lost := stopped_by(rollout):
         return _without(rollout, snapshot, lost)
     match rollout.state:
         case State.PENDING:
@@ -52,9 +52,10 @@ def next_sentence(rollout: Rollout, snapshot: Snapshot) -> str:
         case State.AWAITING_GATE:
             return _until_passed(rollout, snapshot)
         case State.PROMOTING:
-            return f"Bakes as soon as every gateway sends all requests to {_version(rollout)}."
+            then = f"Bakes as soon as every gateway sends all requests to {_version(rollout)}."
+            return then + _alone(rollout)
         case State.BAKING:
-            return _until_baked(rollout, snapshot)
+            return _until_baked(rollout, snapshot) + _alone(rollout)
         case State.ROLLING_BACK:
             return (
                 f"Is rolled back as soon as every gateway sends all requests to version "
@@ -84,9 +85,16 @@ def replaced_sentence(rollout: Rollout, answering: str | None) -> str:
 def _without(rollout: Rollout, snapshot: Snapshot, lost: tuple[str, ...]) -> str:
     away = f"On hold: version {' and version '.join(lost)} has no ready replica."
     if rollout.canary_lost_at is None:
-        return f"{away} Goes on when it is back."
+        promote = f"serving rollout promote {rollout.model}"
+        return f"{away} Goes on when it is back, or without it: {promote}."
     left = rollout.spec.ready_timeout_s - (snapshot.now - rollout.canary_lost_at)
     return f"{away} Rolled back in {span(left)} if {_version(rollout)} is not back."
+
+
+def _alone(rollout: Rollout) -> str:
+    """That there is nothing to go back to, where that holds nothing up."""
+    lost = rollout.stable_lost_at is not None
+    return f" Version {rollout.stable} has no ready replica." if lost else ""
 
 
 def _until_ready(rollout: Rollout, snapshot: Snapshot) -> str:

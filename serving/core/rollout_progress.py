@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from serving.core.rollout_danger import EVENTS, NOTHING, Finding, danger, lost_arms
+from serving.core.rollout_danger import EVENTS, NOTHING, Finding, danger, stopped_by, withheld
 from serving.core.rollout_hooks import gate_hook, gate_key, hooks, so_far, webhooks
 from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction
 from serving.core.rollout_states import Event, State
@@ -30,7 +30,8 @@ def find_event(rollout: Rollout, snapshot: Snapshot) -> Finding:
     if rollout.stage in WATCHED:
         finding = danger(rollout, snapshot)
         # A lost arm stops every clock but that of its own return.
-        if finding.event or rollout.state is State.PAUSED or lost_arms(rollout):
+        stopped = rollout.state is State.PAUSED or stopped_by(rollout)
+        if finding.event or stopped or withheld(rollout, snapshot):
             return finding
     match rollout.state:
         case State.PENDING:
@@ -136,7 +137,7 @@ def gate_passed(rollout: Rollout, snapshot: Snapshot) -> str:
 
 def work_done(rollout: Rollout, snapshot: Snapshot) -> str:
     """Why the shadow, the step, its gate or the bake is done, as a sentence; "" while it is not."""
-    if lost_arms(rollout):
+    if stopped_by(rollout):
         return ""
     if rollout.state is State.AWAITING_GATE:
         return gate_passed(rollout, snapshot)
@@ -162,7 +163,7 @@ def time_over(rollout: Rollout, snapshot: Snapshot) -> str:
 
 def proceeds(rollout: Rollout, snapshot: Snapshot) -> bool:
     """Whether the plan says to go on without what has been waited for long enough."""
-    overdue = None if lost_arms(rollout) else _overdue(rollout, snapshot)
+    overdue = None if stopped_by(rollout) else _overdue(rollout, snapshot)
     return overdue is not None and overdue[0] == "proceed"
 
 
@@ -318,6 +319,8 @@ def _timed_out(rollout: Rollout, snapshot: Snapshot, action: TimeoutAction, reas
         # While webhooks are asked first, evidence is still what is missing.
         going = _forward(rollout, snapshot, f"{reason}; the plan says to proceed")
         return replace(going, waiting=True)
+    if action == "rollback" and rollout.stable_lost_at is not None:
+        return Finding(reason=reason, waiting=True)  # nobody else could answer
     return Finding(EVENTS[action], reason)
 
 

@@ -88,6 +88,9 @@ PAUSABLE: Final = (
 )
 """From where a rollout can be paused, and so where a resume leads back to."""
 
+ALONE: Final = frozenset({State.PROMOTING, State.BAKING})
+"""Where the new version answers everybody by plan: nothing there waits for the old one."""
+
 _UNSEEN: Final = (State.PENDING, State.PREPARING)
 _SEEN: Final = (
     State.SHADOWING,

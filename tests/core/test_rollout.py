@@ -221,7 +221,10 @@ def test_a_canary_answers_for_a_lost_stable_and_nothing_is_decided_meanwhile() -
     w.tick(30)
     w.stable_ready = 0
     assert w.tick().weight == 1
-    assert w.next == "On hold: version 1 has no ready replica. Goes on when it is back."
+    assert w.next == (
+        "On hold: version 1 has no ready replica. Goes on when it is back, or without it: "
+        "serving rollout promote digits."
+    )
     w.tick(500)
     assert (w.rollout.state, w.rollout.step) == (State.OBSERVING, 0)
     w.stable_ready = 1
@@ -237,20 +240,66 @@ def test_no_client_meets_the_canary_before_its_first_step_even_if_stable_is_lost
     assert (w.rollout.state, w.rollout.weight) == (State.SHADOWING, 0)
 
 
-@pytest.mark.parametrize(
-    "state",
-    [State.SHADOWING, State.OBSERVING, State.AWAITING_GATE, State.PROMOTING, State.BAKING],
-)
+@pytest.mark.parametrize("state", [State.SHADOWING, State.OBSERVING, State.AWAITING_GATE])
 def test_no_clock_runs_out_while_stable_is_away(state: State) -> None:
     w = world(gated(timeout_s=600), rate=0 if state is State.OBSERVING else 200)
-    if state in (State.PROMOTING, State.BAKING):
-        w.to(State.AWAITING_GATE).say("approve")
     w.to(state)
     w.stable_ready = 0
     w.tick()
     for _ in range(3):
         w.tick(10_000)
         assert w.rollout.state is state
+
+
+@pytest.mark.parametrize("state", [State.PROMOTING, State.BAKING])
+def test_promotion_and_bake_go_on_without_stable(state: State) -> None:
+    w = world().to(state)
+    w.stable_ready = 0
+    w.tick()
+    assert w.next.endswith(" Version 1 has no ready replica.")
+    assert "On hold" not in w.next
+    before = w.now
+    w.to(State.SUCCEEDED)
+    assert w.now - before == pytest.approx(120, abs=2)
+    assert w.rollout.weight == 1
+
+
+@pytest.mark.parametrize("state", [State.PROMOTING, State.BAKING])
+def test_promotion_and_bake_wait_for_a_canary_that_is_away(state: State) -> None:
+    w = world().to(state)
+    w.tick(60 if state is State.BAKING else 0)
+    now = w.rollout.state
+    w.canary_ready = 0
+    w.tick()
+    w.tick(90)
+    assert w.rollout.state is now
+    w.canary_ready = 2
+    w.tick()
+    w.to(State.BAKING)
+    w.tick(58)
+    assert w.rollout.state is State.BAKING
+
+
+def test_a_bake_does_not_succeed_over_a_verdict_that_is_withheld() -> None:
+    w = world().to(State.BAKING)
+    w.stable_ready, w.restarts = 0, (w.now - 2, w.now - 1)
+    w.tick()
+    w.tick(200)
+    assert w.rollout.state is State.BAKING
+    assert "would be taken back" in w.next
+    w.stable_ready = 1
+    assert w.tick().state is State.ROLLING_BACK
+
+
+def test_a_bake_without_requests_takes_nothing_back_while_stable_is_away() -> None:
+    rule = InsufficientData(300, "rollback")
+    w = world(all_at_once(shadow=None, analysis=analysis(on_insufficient_data=rule)), rate=0)
+    w.to(State.BAKING).tick(120)
+    w.stable_ready = 0
+    w.tick()
+    assert w.tick(300).state is State.BAKING
+    w.stable_ready = 1
+    assert w.tick().state is State.ROLLING_BACK
 
 
 def test_with_both_arms_away_the_canary_has_no_weight() -> None:
