@@ -23,6 +23,7 @@ from serving.core.rollout_baseline import (
     moved_bounds,
     stable_so_far,
 )
+from serving.core.rollout_clocks import clocks_caught_up, clocks_watched
 from serving.core.rollout_counts import EpochCounts
 from serving.core.rollout_progress import WATCHED, find_event
 from serving.core.rollout_spec import FLOOR_S, RolloutSpec
@@ -166,6 +167,7 @@ def title(rollout: Rollout) -> str:
 
 def _moved(rollout: Rollout, event: Event, now: float, reason: str, actor: str) -> Rollout:
     target = TRANSITIONS[rollout.state, event] or rollout.stage
+    rollout = clocks_caught_up(rollout, now)
     moved = replace(
         rollout,
         state=target,
@@ -201,15 +203,16 @@ def _resumed(paused: Rollout, moved: Rollout, now: float) -> Rollout:
     """Go on where it stopped: the pause is no part of a hold, and its causes are known now."""
     # A gate's time starts anew: the gate may have been what paused the rollout.
     at_gate = moved.state is State.AWAITING_GATE
-    return replace(
+    bake_over = paused.elapsed_s >= paused.spec.bake.duration_s
+    resumed = replace(
         moved,
         entered_at=now if at_gate else now - paused.elapsed_s,
         step_entered_at=paused.step_entered_at + (now - paused.entered_at),
         acknowledged=_known(paused),
-        # Where its time was over, all that the bake can have lacked is known to who resumes it.
-        units_waived=moved.state is State.BAKING
-        and paused.elapsed_s >= paused.spec.bake.duration_s,
+        # All that a bake can have lacked whose time was over is known to who resumes it.
+        units_waived=moved.state is State.BAKING and bake_over,
     )
+    return clocks_watched(resumed, now)
 
 
 def _known(paused: Rollout) -> tuple[tuple[str, str], ...]:
@@ -276,31 +279,20 @@ def _restarts_noted(rollout: Rollout, snapshot: Snapshot) -> Rollout:
 
 
 def _arms_watched(rollout: Rollout, snapshot: Snapshot) -> Rollout:
-    """With which arms are away since when; clocks do not count the time of one that is back."""
+    """With which arms are away since when."""
     now = snapshot.now
-    stable = _lost_at(rollout.stable_lost_at, snapshot.stable_ready, now)
-    canary = _lost_at(rollout.canary_lost_at, snapshot.canary_ready, now)
-    watched = replace(rollout, stable_lost_at=stable, canary_lost_at=canary)
-    missed = rollout.stage not in ALONE
-    away = _was_away(rollout.stable_lost_at, stable, now) if missed else 0.0
-    away += _was_away(rollout.canary_lost_at, canary, now)
-    if not away or rollout.state is State.PAUSED:
-        return watched
-    return replace(
-        watched,
-        entered_at=rollout.entered_at + away,
-        step_entered_at=rollout.step_entered_at + away,
+    watched = replace(
+        rollout,
+        stable_lost_at=_lost_at(rollout.stable_lost_at, snapshot.stable_ready, now),
+        canary_lost_at=_lost_at(rollout.canary_lost_at, snapshot.canary_ready, now),
     )
+    return clocks_watched(watched, now)
 
 
 def _lost_at(before: float | None, ready: int, now: float) -> float | None:
     if ready > 0:
         return None
     return now if before is None else before
-
-
-def _was_away(before: float | None, after: float | None, now: float) -> float:
-    return max(0.0, now - before) if before is not None and after is None else 0.0
 
 
 def _judged(rollout: Rollout, snapshot: Snapshot) -> Rollout:

@@ -152,7 +152,8 @@ class Rollout:
     `verdicts` are of the last tick, and stay as they were once the new version is being taken back.
     `entered_at` and `step_entered_at` are moved on by what does not count as holding: a pause, an
     arm that was away.
-    `stable_lost_at` and `canary_lost_at` say since when an arm has had no ready replica.
+    `stable_lost_at` and `canary_lost_at` say since when an arm has had no ready replica,
+    `still_since` since when clocks stand still by that; not in a pause, which stops them itself.
     `waiting_since`: when the step's hold was over but evidence was missing. `acknowledged` has
     (trigger, outcome) that a person resumed past: it does not pause again while it lasts.
     `elapsed_s` is how long a paused rollout had been in `resume_to`. `units_waived`: a person went
@@ -184,6 +185,7 @@ class Rollout:
     restarts: tuple[float, ...] = ()
     stable_lost_at: float | None = None
     canary_lost_at: float | None = None
+    still_since: float | None = None
     waiting_since: float | None = None
     elapsed_s: float = 0.0
     units_waived: bool = False

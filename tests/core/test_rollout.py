@@ -588,6 +588,64 @@ def test_a_person_pauses_in_every_state_that_can_wait(state: State) -> None:
     assert w.rollout.state is state
 
 
+LONG = plan(steps=(Step(5, 200), Step(50, 60)))
+
+
+def test_an_arm_that_goes_in_a_pause_and_comes_back_after_it_is_not_taken_off_twice() -> None:
+    w = world(LONG).to(State.OBSERVING)
+    w.tick(100)
+    w.say("pause")
+    w.stable_ready = 0
+    w.tick(10)
+    w.tick(30_000)
+    w.say("resume")
+    w.tick(2)
+    w.stable_ready = 2
+    w.tick()
+    assert w.next == "Step 2 (50 %) begins in 100 s if nothing speaks against it."
+
+
+def test_an_arm_that_comes_back_in_a_pause_was_away_before_it() -> None:
+    w = world(LONG).to(State.OBSERVING)
+    w.tick(100)
+    w.stable_ready = 0
+    w.tick()
+    w.tick(50)
+    w.say("pause")
+    w.tick(10)
+    w.stable_ready = 2
+    w.tick(10)
+    w.say("resume")
+    assert w.next == "Step 2 (50 %) begins in 99 s if nothing speaks against it."
+
+
+def test_both_arms_away_at_once_are_away_once() -> None:
+    w = world(LONG).to(State.OBSERVING)
+    w.tick(100)
+    w.stable_ready = 0
+    w.tick()
+    w.canary_ready = 0
+    w.tick(30)
+    w.tick(30)
+    w.stable_ready = 2
+    w.tick(10)
+    w.canary_ready = 2
+    w.tick(10)
+    assert w.next == "Step 2 (50 %) begins in 99 s if nothing speaks against it."
+    w.to(State.OBSERVING, step=1)
+
+
+def test_what_stopped_the_clocks_of_a_step_is_no_matter_of_the_bake() -> None:
+    w = world(LONG).to(State.OBSERVING)
+    w.stable_ready = 0
+    w.tick(100)
+    w.say("promote")
+    w.to(State.BAKING)
+    w.stable_ready = 2
+    w.tick(20)
+    assert w.next == "Succeeds in 100 s if nothing speaks against it."
+
+
 def test_a_bake_does_not_go_on_while_it_is_paused() -> None:
     w = world().to(State.BAKING)
     w.tick(100)
