@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 from serving.control.board import RouteBoard
 from serving.control.fleet import Fleet
@@ -41,6 +41,9 @@ T = TypeVar("T")
 Overlay = Callable[[RouteTable], RouteTable]
 Seating = Callable[[Sequence[AppSpec]], Mapping[str, Sequence[Seat] | None]]
 Outcome = Literal["converging", "converged", "failed"]
+
+UNWATCHED_S: Final = 30.0
+"""Where nobody has looked for so long, what replicas said meanwhile is not known."""
 
 
 class Blocking(Protocol):
@@ -114,6 +117,8 @@ class Reconciler:
         self._drain_s = drain_s
         self._specs: dict[str, AppSpec] = {}
         self._retiring: dict[str, _Retiring] = {}
+        # Who starts is given up by the time for which somebody was there to hear its replicas.
+        self._looked_at = self._looking_since = clock.unix()
         # How many replicas Serve was told to run, by this process.
         self._told: dict[str, int] = {}
 
@@ -132,6 +137,10 @@ class Reconciler:
 
     def look(self) -> None:
         """See who is there now. Needs no Serve, so that a stuck one stops no replacement."""
+        unix = self._clock.unix()
+        if not 0 <= unix - self._looked_at <= UNWATCHED_S:
+            self._looking_since = unix
+        self._looked_at = unix
         current = self.state.desired.apps() | self.state.routed.apps()
         self._specs = {n: a for n, a in self._specs.items() if n in self.apps} | current
         wanted = {name: self._expected(app) for name, app in self._specs.items()}
@@ -257,7 +266,8 @@ class Reconciler:
             if status.phase is Phase.FAILED:
                 error = error or status.message
             # What was there before the last apply may be starting replicas for it.
-            age = max(0.0, unix - max(status.since, self.state.applied_at))
+            since = max(status.since, self.state.applied_at, self._looking_since)
+            age = max(0.0, unix - since)
             endpoints = self.endpoints.get(name, ())
             seen[name] = ObservedApp(status.phase, endpoints, error, age, wanted)
         return seen

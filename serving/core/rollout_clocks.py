@@ -10,10 +10,16 @@ its end begins it anew.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 from serving.core.rollout_danger import stopped_by
 from serving.core.rollout_states import State
 from serving.core.rollout_types import Rollout
+
+LOOKS: Final = 5
+"""Ticks that a look may come late; of a longer time so much counts."""
+LATE_S: Final = 5.0
+"""The same in seconds, where ticks are short."""
 
 
 def clocks_watched(rollout: Rollout, now: float) -> Rollout:
@@ -34,4 +40,33 @@ def clocks_caught_up(rollout: Rollout, now: float) -> Rollout:
         entered_at=rollout.entered_at + still_s,
         step_entered_at=rollout.step_entered_at + still_s,
         still_since=None,
+    )
+
+
+def unwatched_s(rollout: Rollout, looked_at: float | None, now: float) -> float:
+    """Seconds since the last look in which nobody looked; less than 0: the clock was set back."""
+    since = 0.0 if looked_at is None else now - looked_at
+    late = max(LATE_S, LOOKS * rollout.spec.analysis.tick_s)
+    return since if since < -late else max(0.0, since - late)
+
+
+def left_out(rollout: Rollout, seconds: float) -> Rollout:
+    """With its clocks moved on by a time that counts for nothing, as nobody looked."""
+
+    def moved(at: float | None) -> float | None:
+        return None if at is None else at + seconds
+
+    later = replace(
+        rollout,
+        stable_lost_at=moved(rollout.stable_lost_at),
+        canary_lost_at=moved(rollout.canary_lost_at),
+        still_since=moved(rollout.still_since),
+        waiting_since=moved(rollout.waiting_since),
+    )
+    if rollout.state is State.PAUSED:
+        return later  # its clocks stand still anyway
+    return replace(
+        later,
+        entered_at=rollout.entered_at + seconds,
+        step_entered_at=rollout.step_entered_at + seconds,
     )

@@ -95,7 +95,7 @@ def _canary_gone(rollout: Rollout, snapshot: Snapshot) -> str:
     if snapshot.canary_failed:
         return f"version {rollout.canary} failed: {snapshot.canary_failed}"
     lost_at, limit = rollout.canary_lost_at, rollout.spec.ready_timeout_s
-    if lost_at is not None and snapshot.now - lost_at >= limit:
+    if lost_at is not None and snapshot.now - lost_at >= limit and snapshot.current:
         return f"version {rollout.canary} has had no ready replica for {span(limit)}"
     return ""
 

@@ -195,7 +195,7 @@ def _preparing(rollout: Rollout, snapshot: Snapshot) -> Finding:
         who = "the replica" if wanted == 1 else f"all {wanted} replicas"
         verb = "is" if wanted == 1 else "are"
         return Finding(Event.READY, f"{who} of version {rollout.canary} {verb} ready")
-    if snapshot.now - rollout.entered_at >= rollout.spec.ready_timeout_s:
+    if snapshot.now - rollout.entered_at >= rollout.spec.ready_timeout_s and snapshot.current:
         limit = span(rollout.spec.ready_timeout_s)
         return Finding(
             Event.NOT_READY,
@@ -230,6 +230,9 @@ def _taking_back(rollout: Rollout, snapshot: Snapshot) -> Finding:
 
 
 def _stepping(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    if not snapshot.current:
+        waiting = rollout.waiting_since is not None
+        return Finding(reason="gateways have said what they counted meanwhile", waiting=waiting)
     if done := work_done(rollout, snapshot):
         return _forward(rollout, snapshot, done)
     if rollout.state is State.AWAITING_GATE and (refused := _gate_refused(rollout, snapshot)):

@@ -151,7 +151,7 @@ class Rollout:
     once it is rolled back, to the one that took it back.
     `verdicts` are of the last tick, and stay as they were once the new version is being taken back.
     `entered_at` and `step_entered_at` are moved on by what does not count as holding: a pause, an
-    arm that was away.
+    arm that was away, a time in which nobody looked.
     `stable_lost_at` and `canary_lost_at` say since when an arm has had no ready replica,
     `still_since` since when clocks stand still by that; not in a pause, which stops them itself.
     `waiting_since`: when the step's hold was over but evidence was missing. `acknowledged` has
@@ -297,7 +297,8 @@ _DERIVED: Final = ("epoch", "weight", "shadow")
 class Snapshot:
     """The world at one tick. `now` is Unix seconds.
 
-    `canary_failed` says why the canary can never start ("" where it still may). `counts` maps an
+    `canary_failed` says why the canary can never start ("" where it still may). Not `current`:
+    nobody looked for a while, and what was counted meanwhile may not be known yet. `counts` maps an
     epoch to its totals over all gateways. `providers` maps the name of a trigger, or the key of a
     `Hook`, to its last answers. `revision` is the route table's, `gateways_at` the lowest that a
     gateway is known to run (0 where that is not known of any). `restarts` are times at which a
@@ -316,6 +317,7 @@ class Snapshot:
     revision: int
     gateways_at: int
     canary_failed: str = ""
+    current: bool = True
     counts: Mapping[int, EpochCounts] = field(default_factory=dict)
     providers: Mapping[str, ProviderState] = field(default_factory=dict)
     restarts: tuple[float, ...] = ()

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from serving.core.rollout import Rollout, State, decide
+from serving.core.rollout_clocks import left_out, unwatched_s
 from serving.core.rollout_facts import CanaryGpu
+from serving.core.rollout_outlook import next_sentence
 from serving.core.rollout_progress import due_hooks
 from serving.core.rollout_spec import (
     Bake,
@@ -778,6 +780,9 @@ def hooked() -> RolloutSpec:
     return plan(webhooks=(Webhook("pre-rollout", "http://a"), Webhook("pre-step", "http://b")))
 
 
+HOOK_KEYS = ("pre-rollout:0:0", "pre-step:0:0", "pre-step:1:0", "pre-step:2:0")
+
+
 def test_webhooks_are_asked_when_their_time_has_come() -> None:
     w = world(hooked())
     asked = []
@@ -1010,3 +1015,58 @@ def test_who_promotes_past_a_pause_is_not_paused_by_it_again() -> None:
     w.tick()
     w.gpus = (CanaryGpu("a", "GPU-1", free=0.01, of="its lease"),)
     assert w.tick().state is State.PAUSED
+
+
+# Time in which nobody looked.
+
+
+def missed(w: World, seconds: float) -> None:
+    """So long nobody looked; what gateways counted is not known yet."""
+    w.now += seconds
+    w.rollout = left_out(w.rollout, unwatched_s(w.rollout, w.now - seconds, w.now))
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(5, 25), (1000, 25), (-1000, 30)])
+def test_of_a_time_in_which_nobody_looked_a_few_ticks_count(seconds: float, left: float) -> None:
+    w = world().to(State.OBSERVING)
+    w.tick(30)
+    missed(w, seconds)
+    assert w.next == f"Step 2 (50 %) begins in {left} s if nothing speaks against it."
+
+
+def test_no_wait_runs_out_while_nobody_looks() -> None:
+    w = world(rate=0).to(State.OBSERVING)
+    w.tick(60)
+    missed(w, 10_000)
+    w.canary_ready = 0
+    assert w.tick().state is State.OBSERVING
+    missed(w, 10_000)
+    assert w.tick().state is State.OBSERVING, "since when it lacks evidence, and a replica"
+    w.canary_ready = 2
+    w.tick()
+    assert "is paused in 30 min" in w.next
+    w.say("pause")
+    w.tick(20)
+    missed(w, 10_000)
+    w.say("resume")
+    assert w.rollout.step_entered_at == pytest.approx(w.now - 65, abs=5)
+
+
+def test_after_it_nothing_goes_on_by_old_counts_but_what_fails_is_taken_back() -> None:
+    w = world(hooked(), providers=dict.fromkeys(HOOK_KEYS, OK)).to(State.OBSERVING)
+    w.tick(59)
+    w.now += 10
+    stale = replace(w.snapshot(), current=False)
+    w.rollout = decide(w.rollout, stale)
+    assert (w.rollout.state, w.rollout.step) == (State.OBSERVING, 0)
+    assert next_sentence(w.rollout, stale) == (
+        "Step 2 (50 %) begins when gateways have said what they counted meanwhile."
+    )
+    failing = replace(stale, restarts=(w.now - 2, w.now - 1))
+    assert decide(w.rollout, failing).state is State.ROLLING_BACK
+    assert decide(w.rollout, w.snapshot()).step == 1
+    late = world(canary_ready=0).to(State.PREPARING)
+    late.now += 200
+    stale = replace(late.snapshot(), current=False)
+    assert decide(late.rollout, stale).state is State.PREPARING
+    assert decide(late.rollout, late.snapshot()).state is State.ROLLED_BACK
