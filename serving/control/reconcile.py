@@ -42,8 +42,9 @@ Overlay = Callable[[RouteTable], RouteTable]
 Seating = Callable[[Sequence[AppSpec]], Mapping[str, Sequence[Seat] | None]]
 Outcome = Literal["converging", "converged", "failed"]
 
-UNWATCHED_S: Final = 30.0
-"""Where nobody has looked for so long, what replicas said meanwhile is not known."""
+REANNOUNCE_WAIT_S: Final = 6.0
+"""Three announcement periods: whoever listens again has heard all replicas after it."""
+_LATE_TICKS: Final = 5
 
 
 class Blocking(Protocol):
@@ -117,7 +118,7 @@ class Reconciler:
         self._drain_s = drain_s
         self._specs: dict[str, AppSpec] = {}
         self._retiring: dict[str, _Retiring] = {}
-        # Who starts is given up by the time for which somebody was there to hear its replicas.
+        # Who starts is not given up before its replicas can have been heard.
         self._looked_at = self._looking_since = clock.unix()
         # How many replicas Serve was told to run, by this process.
         self._told: dict[str, int] = {}
@@ -138,7 +139,7 @@ class Reconciler:
     def look(self) -> None:
         """See who is there now. Needs no Serve, so that a stuck one stops no replacement."""
         unix = self._clock.unix()
-        if not 0 <= unix - self._looked_at <= UNWATCHED_S:
+        if not 0 <= unix - self._looked_at <= max(REANNOUNCE_WAIT_S, _LATE_TICKS * self._tick_s):
             self._looking_since = unix
         self._looked_at = unix
         current = self.state.desired.apps() | self.state.routed.apps()
@@ -266,8 +267,9 @@ class Reconciler:
             if status.phase is Phase.FAILED:
                 error = error or status.message
             # What was there before the last apply may be starting replicas for it.
-            since = max(status.since, self.state.applied_at, self._looking_since)
-            age = max(0.0, unix - since)
+            age = max(0.0, unix - max(status.since, self.state.applied_at))
+            if unix - self._looking_since < REANNOUNCE_WAIT_S:
+                age = 0.0
             endpoints = self.endpoints.get(name, ())
             seen[name] = ObservedApp(status.phase, endpoints, error, age, wanted)
         return seen
