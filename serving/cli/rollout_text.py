@@ -241,10 +241,12 @@ def step(plan: Mapping[str, Any]) -> str:
 def expected(plan: Mapping[str, Any], time: Mapping[str, Any]) -> str:
     """How long a step or the shadow takes at today's traffic, where that is not its hold."""
     spec = plan["spec"]
-    if time["step"] < 0:
+    shadow = time["step"] < 0
+    if shadow and time["timeout"] is None:
         return f"; {duration(time['seconds'])} at this traffic"
-    hold = spec["steps"][time["step"]]["hold_s"]
-    needs = f"{count(time['needs'])} {counted_by(spec['assignment']['unit'])}"
+    hold = spec["shadow"]["max_duration_s"] if shadow else spec["steps"][time["step"]]["hold_s"]
+    units = "pairs" if shadow else counted_by(spec["assignment"]["unit"])
+    needs = f"{count(time['needs'])} {units}"
     if time["timeout"] is None:
         return (
             f"; {duration(time['seconds'])}, until it had {needs}" if time["seconds"] > hold else ""
@@ -260,7 +262,8 @@ def length(plan: Mapping[str, Any]) -> str:
     for time in times:
         if time["seconds"] is None:
             ends = _TIMEOUTS[time["timeout"]]
-            return f"traffic is too low for this plan: {ends} in step {time['step'] + 1}, see below"
+            where = f"step {time['step'] + 1}" if time["step"] >= 0 else "the shadow traffic"
+            return f"traffic is too low for this plan: {ends} in {where}, see below"
     gates = sum(1 for s in spec["steps"] if s["gate"])
     waits = f", {gates} gate{'s' * (gates > 1)} not counted" if gates else ""
     required = any(s["require_pass"] for s in spec["steps"])

@@ -12,9 +12,9 @@ from typing import Final, Literal
 
 from serving.control.records import Record
 from serving.core.plan import Change, Layout, PlanRow, ServedModel, ServedVersion
-from serving.core.rollout_progress import span
 from serving.core.rollout_spec import RolloutSpec
 from serving.core.rollout_states import State
+from serving.core.rollout_timing import span
 from serving.core.rollout_types import Rollout
 from serving.core.types import Signature, TensorSpec
 from serving.errors import ConfigError, ConflictError

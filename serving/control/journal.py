@@ -8,7 +8,7 @@ from typing import Any, Final
 from serving.control.overlay import default_version
 from serving.control.records import Record
 from serving.core.rollout import CONTROLLER
-from serving.core.rollout_progress import lost_arms
+from serving.core.rollout_danger import stopped_by
 from serving.core.rollout_states import State
 from serving.core.rollout_types import Outcome, Rollout
 from serving.store.audit import AuditEntry
@@ -90,9 +90,9 @@ def _why_epoch(old: Rollout, new: Rollout) -> str:
 
 
 def _why_weight(old: Rollout, new: Rollout) -> str:
-    if lost := lost_arms(new):
+    if lost := stopped_by(new):
         return f"version {' and version '.join(lost)} has no ready replica"
-    return f"version {' and version '.join(lost_arms(old))} has a ready replica again"
+    return f"version {' and version '.join(stopped_by(old))} has a ready replica again"
 
 
 def _standing(rollout: Rollout) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class Observer:
     ) -> tuple[Snapshot, Record]:
         """What there is to see, and the record with it in its history.
 
-        Without `gateways_known`, which revision gateways run is unknown and taken as none.
+        Without `gateways_known`, which revision gateways run is unknown and taken as none, and
+        what they counted may be missing.
         """
         rollout, now = record.rollout, self._clock.unix()
         record = replace(record, incidents=self._incidents(record, now))
@@ -92,6 +93,7 @@ class Observer:
             canary_ready=self.ready(rollout, rollout.canary),
             canary_wanted=self.wanted(record, rollout.canary),
             canary_failed=self._failed(rollout),
+            current=gateways_known,
             stable_ready=self.ready(rollout, rollout.stable),
             revision=revision,
             gateways_at=min(self.gateways().values(), default=0) if gateways_known else 0,

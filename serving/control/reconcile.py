@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 from serving.control.board import RouteBoard
 from serving.control.fleet import Fleet
@@ -41,6 +41,10 @@ T = TypeVar("T")
 Overlay = Callable[[RouteTable], RouteTable]
 Seating = Callable[[Sequence[AppSpec]], Mapping[str, Sequence[Seat] | None]]
 Outcome = Literal["converging", "converged", "failed"]
+
+REANNOUNCE_WAIT_S: Final = 6.0
+"""Three announcement periods: whoever listens again has heard all replicas after it."""
+_LATE_TICKS: Final = 5
 
 
 class Blocking(Protocol):
@@ -114,6 +118,8 @@ class Reconciler:
         self._drain_s = drain_s
         self._specs: dict[str, AppSpec] = {}
         self._retiring: dict[str, _Retiring] = {}
+        # Who starts is not given up before its replicas can have been heard.
+        self._looked_at = self._looking_since = clock.unix()
         # How many replicas Serve was told to run, by this process.
         self._told: dict[str, int] = {}
 
@@ -132,6 +138,10 @@ class Reconciler:
 
     def look(self) -> None:
         """See who is there now. Needs no Serve, so that a stuck one stops no replacement."""
+        unix = self._clock.unix()
+        if not 0 <= unix - self._looked_at <= max(REANNOUNCE_WAIT_S, _LATE_TICKS * self._tick_s):
+            self._looking_since = unix
+        self._looked_at = unix
         current = self.state.desired.apps() | self.state.routed.apps()
         self._specs = {n: a for n, a in self._specs.items() if n in self.apps} | current
         wanted = {name: self._expected(app) for name, app in self._specs.items()}
@@ -258,6 +268,8 @@ class Reconciler:
                 error = error or status.message
             # What was there before the last apply may be starting replicas for it.
             age = max(0.0, unix - max(status.since, self.state.applied_at))
+            if unix - self._looking_since < REANNOUNCE_WAIT_S:
+                age = 0.0
             endpoints = self.endpoints.get(name, ())
             seen[name] = ObservedApp(status.phase, endpoints, error, age, wanted)
         return seen

@@ -19,6 +19,7 @@ _SPARSE_S: Final = 5.0
 """Samples of the last `_DENSE_S` are all kept; of older ones, one every `_SPARSE_S`."""
 _GONE_KEPT: Final = 256
 """Replicas that are no longer heard and are known: one that comes back is not a new one."""
+_LOOKS_SAVED_S: Final = 60.0
 _TAKING_BACK: Final = frozenset({State.ROLLING_BACK, State.ROLLBACK_FAILED})
 
 
@@ -68,7 +69,8 @@ class Record:
     made its version the stable one all the same, so that nothing is held. `rollback_ms` is how long
     it took from the verdict that took it back until the last gateway had confirmed; None where it
     was not, or nobody saw it. `costs` and `incidents` are what triggers remember of earlier
-    ticks, `replicas` the canary's that were seen: what restarts are told by.
+    ticks, `replicas` the canary's that were seen: what restarts are told by. `looked_at` is the
+    time (Unix seconds) of the last tick that looked at it; None before the first.
     """
 
     rollout: Rollout
@@ -82,6 +84,7 @@ class Record:
     costs: CostWindows = field(default_factory=CostWindows)
     incidents: tuple[Incident, ...] = ()
     replicas: Replicas = Replicas()
+    looked_at: float | None = None
 
     @property
     def remembered(self) -> tuple[object, ...]:
@@ -104,9 +107,15 @@ class Record:
 
     def durable(self) -> Record:
         """Without what each tick computes anew."""
-        rollout = replace(self.rollout, verdicts=())
         return replace(
-            self, rollout=rollout, history=(), arms={}, costs=CostWindows(), incidents=()
+            self,
+            rollout=replace(self.rollout, verdicts=()),
+            history=(),
+            arms={},
+            costs=CostWindows(),
+            incidents=(),
+            # That somebody looked is saved with what is saved anyway, and once a minute.
+            looked_at=None if self.looked_at is None else self.looked_at // _LOOKS_SAVED_S,
         )
 
     def with_sample(self, sample: Sample, span_s: float) -> Record:
@@ -133,6 +142,7 @@ class Record:
             "costs": windows_to_dict(self.costs),
             "incidents": [incident.to_dict() for incident in self.incidents],
             "replicas": asdict(self.replicas),
+            "looked_at": self.looked_at,
         }
         finished_at = None if rollout.active else rollout.finished_at
         state = rollout.state.value
@@ -157,6 +167,7 @@ class Record:
             windows_from_dict(body["costs"]) if "costs" in body else CostWindows(),
             tuple(Incident.from_dict(raw) for raw in body.get("incidents", ())),
             _replicas(body.get("replicas")),
+            body.get("looked_at"),
         )
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from serving.control.reconcile import Clock
+from serving.control.reconcile import REANNOUNCE_WAIT_S, Clock
 from serving.control.totals import Totals
 from serving.core.routing import RouteTable
 
-REANNOUNCE_WAIT_S: Final = 6.0
-"""After a restart: three announcement periods, to hear the stored table's replicas again."""
 REPORT_WAIT_TICKS: Final = 4
 
 

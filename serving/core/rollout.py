@@ -23,10 +23,11 @@ from serving.core.rollout_baseline import (
     moved_bounds,
     stable_so_far,
 )
+from serving.core.rollout_clocks import clocks_caught_up, clocks_watched
 from serving.core.rollout_counts import EpochCounts
 from serving.core.rollout_progress import WATCHED, find_event
 from serving.core.rollout_spec import FLOOR_S, RolloutSpec
-from serving.core.rollout_states import TERMINAL, TRANSITIONS, Event, State, target_of
+from serving.core.rollout_states import ALONE, TERMINAL, TRANSITIONS, Event, State, target_of
 from serving.core.rollout_types import (
     Approval,
     Epoch,
@@ -72,7 +73,6 @@ COMMANDS: Final = {
 _PROMOTABLE: Final = frozenset({State.SHADOWING, State.OBSERVING, State.AWAITING_GATE})
 _RESTARTS_KEPT: Final = 100  # more than any crash-loop trigger asks about
 _STEPPING: Final = frozenset({State.OBSERVING, State.AWAITING_GATE})
-_ALONE: Final = frozenset({State.PROMOTING, State.BAKING})
 
 
 def new_rollout(
@@ -168,6 +168,7 @@ def title(rollout: Rollout) -> str:
 
 def _moved(rollout: Rollout, event: Event, now: float, reason: str, actor: str) -> Rollout:
     target = target_of(rollout.state, event, rollout.stage)
+    rollout = clocks_caught_up(rollout, now)
     moved = replace(
         rollout,
         state=target,
@@ -204,12 +205,16 @@ def _resumed(paused: Rollout, moved: Rollout, now: float) -> Rollout:
     """Go on where it stopped: the pause is no part of a hold, and its causes are known now."""
     # A gate's time starts anew: the gate may have been what paused the rollout.
     at_gate = moved.state is State.AWAITING_GATE
-    return replace(
+    bake_over = paused.elapsed_s >= paused.spec.bake.duration_s
+    resumed = replace(
         moved,
         entered_at=now if at_gate else now - paused.elapsed_s,
         step_entered_at=paused.step_entered_at + (now - paused.entered_at),
         acknowledged=_known(paused),
+        # All that a bake can have lacked whose time was over is known to who resumes it.
+        units_waived=moved.state is State.BAKING and bake_over,
     )
+    return clocks_watched(resumed, now)
 
 
 def _known(paused: Rollout) -> tuple[tuple[str, str], ...]:
@@ -276,30 +281,20 @@ def _restarts_noted(rollout: Rollout, snapshot: Snapshot) -> Rollout:
 
 
 def _arms_watched(rollout: Rollout, snapshot: Snapshot) -> Rollout:
-    """With which arms are away since when; clocks do not count the time of one that is back."""
+    """With which arms are away since when."""
     now = snapshot.now
-    stable = _lost_at(rollout.stable_lost_at, snapshot.stable_ready, now)
-    canary = _lost_at(rollout.canary_lost_at, snapshot.canary_ready, now)
-    watched = replace(rollout, stable_lost_at=stable, canary_lost_at=canary)
-    away = _was_away(rollout.stable_lost_at, stable, now)
-    away += _was_away(rollout.canary_lost_at, canary, now)
-    if not away or rollout.state is State.PAUSED:
-        return watched
-    return replace(
-        watched,
-        entered_at=rollout.entered_at + away,
-        step_entered_at=rollout.step_entered_at + away,
+    watched = replace(
+        rollout,
+        stable_lost_at=_lost_at(rollout.stable_lost_at, snapshot.stable_ready, now),
+        canary_lost_at=_lost_at(rollout.canary_lost_at, snapshot.canary_ready, now),
     )
+    return clocks_watched(watched, now)
 
 
 def _lost_at(before: float | None, ready: int, now: float) -> float | None:
     if ready > 0:
         return None
     return now if before is None else before
-
-
-def _was_away(before: float | None, after: float | None, now: float) -> float:
-    return max(0.0, now - before) if before is not None and after is None else 0.0
 
 
 def _judged(rollout: Rollout, snapshot: Snapshot) -> Rollout:
@@ -320,7 +315,7 @@ def _frozen(rollout: Rollout, snapshot: Snapshot) -> dict[str, Any]:
 
     Within a step latency bounds follow stable, where it has become faster or slower.
     """
-    if rollout.stage not in _STEPPING | _ALONE:
+    if rollout.stage not in _STEPPING | ALONE:
         return {}
     current, kinds = rollout.current, {t.kind for t in rollout.spec.analysis.triggers}
     entering = rollout.step != current.step
@@ -338,7 +333,7 @@ def _latency_bounds(rollout: Rollout, snapshot: Snapshot, entering: bool) -> tup
     floor_s = min((t.floor_s for t in analysis.triggers if t.kind == "latency"), default=FLOOR_S)
     if entering or frozen is None:
         return latency_bounds(stable_so_far(snapshot.counts), floor_s) or frozen
-    if rollout.stage in _ALONE:
+    if rollout.stage in ALONE:
         return frozen
     since = snapshot.counts.get(rollout.epoch, EpochCounts()).arm("stable")
     changes = sum(e.step == rollout.step for e in rollout.epochs) - 1

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Final
 
+from serving.core.rollout_danger import stopped_by, withheld
 from serving.core.rollout_hooks import gate_key, so_far
 from serving.core.rollout_progress import (
     find_event,
     gate_passed,
-    lost_arms,
     missing_evidence,
     pairs_compared,
     proceeds,
-    span,
+    time_over,
 )
 from serving.core.rollout_states import State
+from serving.core.rollout_timing import span
 from serving.core.rollout_types import Rollout, Snapshot
 from serving.core.urls import place
 
@@ -30,9 +31,14 @@ _STAGES: Final = {
 
 def next_sentence(rollout: Rollout, snapshot: Snapshot) -> str:
     """What the next ticks wait for, or what they will do."""
+    if against := withheld(rollout, snapshot):
+        return (
+            f"{_version(rollout).capitalize()} would be taken back, but version {rollout.stable} "
+            f"has no ready replica. Is taken back when it is back, or by an abort: {against}."
+        )
     if rollout.state is State.PAUSED:
         return _paused(rollout)
-    if lost := lost_arms(rollout):
+    if lost := stopped_by(rollout):
         return _without(rollout, snapshot, lost)
     match rollout.state:
         case State.PENDING:
@@ -46,10 +52,10 @@ def next_sentence(rollout: Rollout, snapshot: Snapshot) -> str:
         case State.AWAITING_GATE:
             return _until_passed(rollout, snapshot)
         case State.PROMOTING:
-            return f"Bakes as soon as every gateway sends all requests to {_version(rollout)}."
+            then = f"Bakes as soon as every gateway sends all requests to {_version(rollout)}."
+            return then + _alone(rollout)
         case State.BAKING:
-            left = rollout.spec.bake.duration_s - (snapshot.now - rollout.entered_at)
-            return f"Succeeds in {span(left)} if nothing speaks against it."
+            return _until_baked(rollout, snapshot) + _alone(rollout)
         case State.ROLLING_BACK:
             return (
                 f"Is rolled back as soon as every gateway sends all requests to version "
@@ -79,9 +85,16 @@ def replaced_sentence(rollout: Rollout, answering: str | None) -> str:
 def _without(rollout: Rollout, snapshot: Snapshot, lost: tuple[str, ...]) -> str:
     away = f"On hold: version {' and version '.join(lost)} has no ready replica."
     if rollout.canary_lost_at is None:
-        return f"{away} Goes on when it is back."
+        promote = f"serving rollout promote {rollout.model}"
+        return f"{away} Goes on when it is back, or without it: {promote}."
     left = rollout.spec.ready_timeout_s - (snapshot.now - rollout.canary_lost_at)
     return f"{away} Rolled back in {span(left)} if {_version(rollout)} is not back."
+
+
+def _alone(rollout: Rollout) -> str:
+    """That there is nothing to go back to, where that holds nothing up."""
+    lost = rollout.stable_lost_at is not None
+    return f" Version {rollout.stable} has no ready replica." if lost else ""
 
 
 def _until_ready(rollout: Rollout, snapshot: Snapshot) -> str:
@@ -96,10 +109,10 @@ def _until_ready(rollout: Rollout, snapshot: Snapshot) -> str:
 def _until_shadowed(rollout: Rollout, snapshot: Snapshot) -> str:
     shadow, then = rollout.spec.shadow, _following(rollout)
     if shadow is None:
-        return _asking(rollout, snapshot, then)
+        return _once_evident(rollout, snapshot, then)
+    if time_over(rollout, snapshot):
+        return _once_evident(rollout, snapshot, then)
     left = shadow.max_duration_s - (snapshot.now - rollout.entered_at)
-    if left <= 0 or pairs_compared(snapshot) >= shadow.min_pairs:
-        return _asking(rollout, snapshot, then)
     return (
         f"{then} after {shadow.min_pairs} pairs of answers ({pairs_compared(snapshot)} compared), "
         f"or in {span(left)}."
@@ -114,6 +127,18 @@ def _until_stepped(rollout: Rollout, snapshot: Snapshot) -> str:
     left = step.hold_s - (snapshot.now - rollout.step_entered_at)
     if left > 0:
         return f"{then} in {span(left)} if nothing speaks against it."
+    return _once_evident(rollout, snapshot, then)
+
+
+def _until_baked(rollout: Rollout, snapshot: Snapshot) -> str:
+    left = rollout.spec.bake.duration_s - (snapshot.now - rollout.entered_at)
+    if left > 0:
+        return f"Succeeds in {span(left)} if nothing speaks against it."
+    return _once_evident(rollout, snapshot, "Succeeds")
+
+
+def _once_evident(rollout: Rollout, snapshot: Snapshot, then: str) -> str:
+    """What follows where time is over: at once, or when somebody or the evidence says so."""
     missing = missing_evidence(rollout, snapshot)
     if not missing or proceeds(rollout, snapshot):
         return _asking(rollout, snapshot, then)

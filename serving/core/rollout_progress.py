@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
+from serving.core.rollout_danger import EVENTS, NOTHING, Finding, danger, stopped_by, withheld
 from serving.core.rollout_hooks import gate_hook, gate_key, hooks, so_far, webhooks
-from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction, TriggerAction
-from serving.core.rollout_states import PAUSABLE, Event, State
-from serving.core.rollout_timing import units_needed
+from serving.core.rollout_spec import PROVIDER_KINDS, Gate, TimeoutAction
+from serving.core.rollout_states import Event, State
+from serving.core.rollout_timing import bake_units_needed, pairs_needed, span, units_needed
 from serving.core.rollout_types import Hook, Outcome, Rollout, Snapshot, Verdict
 from serving.core.urls import place
 
@@ -24,27 +25,13 @@ WATCHED: Final = frozenset(
 """Stages with canary traffic, paused or not: arms are watched, triggers judged and obeyed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The event that a tick found with its reason; or none, and whether evidence is waited for.
-
-    Where web services are waited for, the reason is what they have to say first.
-    """
-
-    event: Event | None = None
-    reason: str = ""
-    waiting: bool = False
-
-
-NOTHING: Final = Finding()
-
-
 def find_event(rollout: Rollout, snapshot: Snapshot) -> Finding:
     """The event that this tick brings to a rollout whose verdicts are up to date."""
     if rollout.stage in WATCHED:
-        finding = _danger(rollout, snapshot)
+        finding = danger(rollout, snapshot)
         # A lost arm stops every clock but that of its own return.
-        if finding.event or rollout.state is State.PAUSED or lost_arms(rollout):
+        stopped = rollout.state is State.PAUSED or stopped_by(rollout)
+        if finding.event or stopped or withheld(rollout, snapshot):
             return finding
     match rollout.state:
         case State.PENDING:
@@ -53,68 +40,75 @@ def find_event(rollout: Rollout, snapshot: Snapshot) -> Finding:
             return _preparing(rollout, snapshot)
         case State.PROMOTING:
             return _promoting(rollout, snapshot)
-        case State.BAKING:
-            return _baking(rollout, snapshot)
         case State.ROLLING_BACK | State.ROLLBACK_FAILED:
             return _taking_back(rollout, snapshot)
-        case State.SHADOWING | State.OBSERVING | State.AWAITING_GATE:
+        case State.SHADOWING | State.OBSERVING | State.AWAITING_GATE | State.BAKING:
             return _stepping(rollout, snapshot)
     return NOTHING
 
 
-def lost_arms(rollout: Rollout) -> tuple[str, ...]:
-    """The versions that have no ready replica now, stable first."""
-    stable = (rollout.stable,) if rollout.stable_lost_at is not None else ()
-    canary = (rollout.canary,) if rollout.canary_lost_at is not None else ()
-    return stable + canary
-
-
-def fired(rollout: Rollout, action: TriggerAction) -> tuple[Verdict, ...]:
-    """The verdicts that fail, ask for `action`, and were not resumed past."""
-    return tuple(
-        v
-        for v in rollout.verdicts
-        if v.verdict is Outcome.FAIL
-        and v.action == action
-        and (v.trigger, Outcome.FAIL) not in rollout.acknowledged
-    )
-
-
 def missing_evidence(rollout: Rollout, snapshot: Snapshot) -> tuple[str, ...]:
-    """Why the running step may not end although its hold is over, one sentence each.
+    """Why shadow traffic, the step or the bake may not end although its time is over.
 
-    No data is no success: a step with traffic needs canary requests of its own, every provider's
-    answer, and a pass of each trigger in its `require_pass`.
+    One sentence each. No data is no success: each provider has to answer, each trigger of a step's
+    `require_pass` to pass, and there must have been enough to judge by.
     """
-    step = rollout.current_step
-    analysis = rollout.spec.analysis
-    if step is None or analysis.dry_run:
+    if rollout.spec.analysis.dry_run:
         return ()
+    step = rollout.current_step
     verdicts = {v.trigger: v for v in rollout.verdicts}
     found = [
         f"the step requires a pass of {verdicts[name].sentence if name in verdicts else name}"
-        for name in step.require_pass
+        for name in (step.require_pass if step is not None else ())
         if name not in verdicts or verdicts[name].verdict is not Outcome.PASS
     ]
     found += [v.sentence for v in verdicts.values() if _unanswered(rollout, v)]
-    answered, units = step_units(rollout, snapshot), rollout.spec.assignment.units
-    if answered < (needed := units_needed(rollout.spec, step)):
-        found.append(
-            f"version {rollout.canary} has answered {answered} of the {needed} {units} "
-            "that this step needs"
-        )
+    if few := _too_few(rollout, snapshot):
+        found.append(few)
     return tuple(found)
+
+
+def _too_few(rollout: Rollout, snapshot: Snapshot) -> str:
+    """What is missing of the pairs or requests that there must have been; "" where nothing is."""
+    spec, step = rollout.spec, rollout.current_step
+    if rollout.state is State.SHADOWING:
+        pairs, needed = pairs_compared(snapshot), pairs_needed(spec)
+        return (
+            ""
+            if pairs >= needed
+            else (
+                f"{pairs} pairs of answers were compared of the {needed} "
+                "that a promotion without steps needs"
+            )
+        )
+    if rollout.state is State.BAKING:
+        answered = canary_units(snapshot)
+        needed = 0 if rollout.units_waived else bake_units_needed(spec)
+        what = "a rollout"
+    elif step is not None:
+        answered, needed = step_units(rollout, snapshot), units_needed(spec, step)
+        what = "this step"
+    else:
+        return ""
+    return (
+        ""
+        if answered >= needed
+        else (
+            f"version {rollout.canary} has answered {answered} of the {needed} "
+            f"{spec.assignment.units} that {what} needs"
+        )
+    )
 
 
 def _unanswered(rollout: Rollout, verdict: Verdict) -> bool:
     """Whether a provider has not said "ok", or nothing is known, and nobody resumed past that."""
     trigger, step = rollout.spec.analysis.trigger(verdict.trigger), rollout.current_step
-    if trigger is None or step is None:
+    if trigger is None:
         return False
     if trigger.kind not in PROVIDER_KINDS and verdict.verdict is not Outcome.UNKNOWN:
         return False
     known = (verdict.trigger, verdict.verdict.value) in rollout.acknowledged
-    required = verdict.trigger in step.require_pass
+    required = step is not None and verdict.trigger in step.require_pass
     return not known and not required and verdict.verdict is not Outcome.PASS
 
 
@@ -127,7 +121,7 @@ def due_hooks(rollout: Rollout, snapshot: Snapshot) -> tuple[Hook, ...]:
     at_gate = rollout.state is State.AWAITING_GATE and not goes_on
     if at_gate and gate is not None and gate.type == "webhook":
         return (gate_hook(rollout.step, gate),)
-    if goes_on and not _gate_ahead(rollout):
+    if goes_on and rollout.state is not State.BAKING and not _gate_ahead(rollout):
         return hooks(rollout, "pre-step")
     return ()
 
@@ -142,30 +136,45 @@ def gate_passed(rollout: Rollout, snapshot: Snapshot) -> str:
 
 
 def work_done(rollout: Rollout, snapshot: Snapshot) -> str:
-    """Why the shadow, the step or its gate is done, as a sentence; "" while it is not."""
-    if lost_arms(rollout):
+    """Why the shadow, the step, its gate or the bake is done, as a sentence; "" while it is not."""
+    if stopped_by(rollout):
         return ""
-    if rollout.state is State.SHADOWING:
-        return _shadow_done(rollout, snapshot)
     if rollout.state is State.AWAITING_GATE:
         return gate_passed(rollout, snapshot)
+    over = time_over(rollout, snapshot)
+    return "" if over and missing_evidence(rollout, snapshot) else over
+
+
+def time_over(rollout: Rollout, snapshot: Snapshot) -> str:
+    """Why shadow, step or bake ends if its evidence is there, as a sentence; "" where not yet."""
+    if rollout.state is State.SHADOWING:
+        return _shadow_over(rollout, snapshot)
+    if rollout.state is State.BAKING:
+        limit = rollout.spec.bake.duration_s
+        over = snapshot.now - rollout.entered_at >= limit
+        return f"{span(limit)} of bake, no objection" if over else ""
     step = rollout.current_step
     if rollout.state is not State.OBSERVING or step is None:
         return ""
-    if snapshot.now - rollout.step_entered_at < step.hold_s or missing_evidence(rollout, snapshot):
+    if snapshot.now - rollout.step_entered_at < step.hold_s:
         return ""
     return f"step {rollout.step + 1} ({step.weight:g} %) held for {span(step.hold_s)}, no objection"
 
 
 def proceeds(rollout: Rollout, snapshot: Snapshot) -> bool:
     """Whether the plan says to go on without what has been waited for long enough."""
-    overdue = None if lost_arms(rollout) else _overdue(rollout, snapshot)
+    overdue = None if stopped_by(rollout) else _overdue(rollout, snapshot)
     return overdue is not None and overdue[0] == "proceed"
 
 
 def pairs_compared(snapshot: Snapshot) -> int:
     """Pairs of answers that shadow traffic has compared."""
     return sum(c.pairs for c in snapshot.counts.values())
+
+
+def canary_units(snapshot: Snapshot) -> int:
+    """Requests, or users, that the canary has had in the whole rollout."""
+    return sum(row.requests for c in snapshot.counts.values() for row in c.canary.values())
 
 
 def step_units(rollout: Rollout, snapshot: Snapshot) -> int:
@@ -179,63 +188,6 @@ def step_units(rollout: Rollout, snapshot: Snapshot) -> int:
     return sum(row.requests for c in counts for row in c.canary.values())
 
 
-def span(seconds: float) -> str:
-    """A duration for a person: "45 s", "2 min", "1 h 30 min"."""
-    whole = max(0, round(seconds))
-    if whole < 120:
-        return f"{whole} s"
-    minutes = round(whole / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours, rest = divmod(minutes, 60)
-    return f"{hours} h {rest} min" if rest else f"{hours} h"
-
-
-def _danger(rollout: Rollout, snapshot: Snapshot) -> Finding:
-    acts = not rollout.spec.analysis.dry_run
-    if acts and (failing := fired(rollout, "rollback")):
-        return Finding(Event.FAIL, _sentences(failing))
-    if gone := _canary_gone(rollout, snapshot):
-        return Finding(Event.NOT_READY, gone)
-    if not acts:
-        return NOTHING
-    if silent := _silent_provider(rollout, snapshot):
-        action = rollout.spec.analysis.on_provider_error.action
-        if action == "rollback" or rollout.state in PAUSABLE:
-            return Finding(_EVENTS[action], silent)
-    if rollout.state in PAUSABLE and (failing := fired(rollout, "pause")):
-        return Finding(Event.PAUSE, _sentences(failing))
-    return NOTHING
-
-
-_EVENTS: Final[dict[TriggerAction, Event]] = {"rollback": Event.FAIL, "pause": Event.PAUSE}
-
-
-def _sentences(verdicts: tuple[Verdict, ...]) -> str:
-    return "; ".join(v.sentence for v in verdicts)
-
-
-def _canary_gone(rollout: Rollout, snapshot: Snapshot) -> str:
-    if snapshot.canary_failed:
-        return f"version {rollout.canary} failed: {snapshot.canary_failed}"
-    lost_at, limit = rollout.canary_lost_at, rollout.spec.ready_timeout_s
-    if lost_at is not None and snapshot.now - lost_at >= limit:
-        return f"version {rollout.canary} has had no ready replica for {span(limit)}"
-    return ""
-
-
-def _silent_provider(rollout: Rollout, snapshot: Snapshot) -> str:
-    limit = rollout.spec.analysis.on_provider_error.count
-    for trigger in rollout.spec.analysis.triggers:
-        answer = snapshot.providers.get(trigger.name)
-        if trigger.kind not in PROVIDER_KINDS or answer is None or answer.errors < limit:
-            continue
-        if (trigger.name, Outcome.UNKNOWN) not in rollout.acknowledged:
-            about = f": {answer.message}" if answer.message else ""
-            return f"{trigger.name} did not answer {answer.errors} times in a row{about}"
-    return ""
-
-
 def _preparing(rollout: Rollout, snapshot: Snapshot) -> Finding:
     if snapshot.canary_failed:
         return Finding(
@@ -247,7 +199,7 @@ def _preparing(rollout: Rollout, snapshot: Snapshot) -> Finding:
         who = "the replica" if wanted == 1 else f"all {wanted} replicas"
         verb = "is" if wanted == 1 else "are"
         return Finding(Event.READY, f"{who} of version {rollout.canary} {verb} ready")
-    if snapshot.now - rollout.entered_at >= rollout.spec.ready_timeout_s:
+    if snapshot.now - rollout.entered_at >= rollout.spec.ready_timeout_s and snapshot.current:
         limit = span(rollout.spec.ready_timeout_s)
         return Finding(
             Event.NOT_READY,
@@ -261,12 +213,6 @@ def _promoting(rollout: Rollout, snapshot: Snapshot) -> Finding:
     if snapshot.gateways_at < snapshot.revision:
         return NOTHING
     return Finding(Event.PROMOTED, f"every gateway sends all requests to version {rollout.canary}")
-
-
-def _baking(rollout: Rollout, snapshot: Snapshot) -> Finding:
-    if snapshot.now - rollout.entered_at < rollout.spec.bake.duration_s:
-        return NOTHING
-    return Finding(Event.BAKE_DONE, f"{span(rollout.spec.bake.duration_s)} of bake, no objection")
 
 
 def _taking_back(rollout: Rollout, snapshot: Snapshot) -> Finding:
@@ -288,25 +234,25 @@ def _taking_back(rollout: Rollout, snapshot: Snapshot) -> Finding:
 
 
 def _stepping(rollout: Rollout, snapshot: Snapshot) -> Finding:
+    if not snapshot.current:
+        waiting = rollout.waiting_since is not None
+        return Finding(reason="gateways have said what they counted meanwhile", waiting=waiting)
     if done := work_done(rollout, snapshot):
         return _forward(rollout, snapshot, done)
     if rollout.state is State.AWAITING_GATE and (refused := _gate_refused(rollout, snapshot)):
         return refused
     if overdue := _overdue(rollout, snapshot):
         return _timed_out(rollout, snapshot, *overdue)
-    if rollout.state is State.OBSERVING and _held(rollout, snapshot):
+    if time_over(rollout, snapshot):
         return Finding(reason="; ".join(missing_evidence(rollout, snapshot)), waiting=True)
     return NOTHING
-
-
-def _held(rollout: Rollout, snapshot: Snapshot) -> bool:
-    step = rollout.current_step
-    return step is not None and snapshot.now - rollout.step_entered_at >= step.hold_s
 
 
 def _forward(rollout: Rollout, snapshot: Snapshot, done: str) -> Finding:
     if _gate_ahead(rollout):
         return Finding(Event.GATE_NEEDED, f"{done}; the gate decides")
+    if rollout.state is State.BAKING:
+        return Finding(Event.BAKE_DONE, done)
     if rollout.step + 1 >= len(rollout.spec.steps):
         event = Event.PROMOTE
     elif rollout.state is State.SHADOWING:
@@ -321,7 +267,7 @@ def _gate_ahead(rollout: Rollout) -> bool:
     return rollout.state is State.OBSERVING and step is not None and step.gate is not None
 
 
-def _shadow_done(rollout: Rollout, snapshot: Snapshot) -> str:
+def _shadow_over(rollout: Rollout, snapshot: Snapshot) -> str:
     shadow = rollout.spec.shadow
     if shadow is None:
         return "the plan has no shadow traffic"
@@ -346,9 +292,7 @@ def _overdue(rollout: Rollout, snapshot: Snapshot) -> tuple[TimeoutAction, str] 
     """What to do where a gate or evidence has been waited for too long, and why."""
     if rollout.state is State.AWAITING_GATE:
         return _gate_timeout(rollout, snapshot)
-    if rollout.state is State.OBSERVING and _held(rollout, snapshot):
-        return _insufficient(rollout, snapshot)
-    return None
+    return _insufficient(rollout, snapshot) if time_over(rollout, snapshot) else None
 
 
 def _gate_timeout(rollout: Rollout, snapshot: Snapshot) -> tuple[TimeoutAction, str] | None:
@@ -366,7 +310,15 @@ def _insufficient(rollout: Rollout, snapshot: Snapshot) -> tuple[TimeoutAction, 
     since = snapshot.now if rollout.waiting_since is None else rollout.waiting_since
     if not why or snapshot.now - since < rule.after_s:
         return None
-    return rule.action, f"evidence was still missing {span(rule.after_s)} after the hold: {why}"
+    after = f"{span(rule.after_s)} after the {_AFTER[rollout.state]}"
+    return rule.action, f"evidence was still missing {after}: {why}"
+
+
+_AFTER: Final = {
+    State.SHADOWING: "shadow traffic",
+    State.OBSERVING: "hold",
+    State.BAKING: "bake",
+}
 
 
 def _timed_out(rollout: Rollout, snapshot: Snapshot, action: TimeoutAction, reason: str) -> Finding:
@@ -374,7 +326,9 @@ def _timed_out(rollout: Rollout, snapshot: Snapshot, action: TimeoutAction, reas
         # While webhooks are asked first, evidence is still what is missing.
         going = _forward(rollout, snapshot, f"{reason}; the plan says to proceed")
         return replace(going, waiting=True)
-    return Finding(_EVENTS[action], reason)
+    if action == "rollback" and rollout.stable_lost_at is not None:
+        return Finding(reason=reason, waiting=True)  # nobody else could answer
+    return Finding(EVENTS[action], reason)
 
 
 def _asked(

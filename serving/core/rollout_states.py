@@ -59,13 +59,13 @@ EVENT_MEANING: Final[Mapping[Event, str]] = {
     Event.START: "the webhooks before the rollout agree, or there are none",
     Event.READY: "as many replicas of the new version as wanted are ready",
     Event.NOT_READY: "the new version cannot start, or had no ready replica for too long",
-    Event.SHADOW_DONE: "enough pairs were compared, or the shadow's time is over",
+    Event.SHADOW_DONE: "enough pairs, or the shadow's time is over, and providers answer",
     Event.STEP_DONE: "the step's hold is over and its evidence is there",
     Event.GATE_NEEDED: "likewise, and the step has a gate",
     Event.GATE_PASSED: "the gate said yes and another step follows",
     Event.PROMOTE: "no step is left, or a person skips the rest",
     Event.PROMOTED: "every gateway runs the table with the new version at full weight",
-    Event.BAKE_DONE: "the bake is over",
+    Event.BAKE_DONE: "the bake is over and its evidence is there",
     Event.FAIL: "a trigger that rolls back fired",
     Event.DRAINED: "every gateway runs the table without the new version",
     Event.STUCK: "a gateway, or the old version, did not come back in time",
@@ -87,6 +87,9 @@ PAUSABLE: Final = (
     State.BAKING,
 )
 """From where a rollout can be paused, and so where a resume leads back to."""
+
+ALONE: Final = frozenset({State.PROMOTING, State.BAKING})
+"""Where the new version answers everybody by plan: nothing there waits for the old one."""
 
 _UNSEEN: Final = (State.PENDING, State.PREPARING)
 _SEEN: Final = (

@@ -152,11 +152,13 @@ class Rollout:
     `verdicts` are of the last tick, and stay as they were once the new version is being taken back.
     `changed_at` is when the last transition was.
     `entered_at` and `step_entered_at` are moved on by what does not count as holding: a pause, an
-    arm that was away.
-    `stable_lost_at` and `canary_lost_at` say since when an arm has had no ready replica.
+    arm that was away, a time in which nobody looked.
+    `stable_lost_at` and `canary_lost_at` say since when an arm has had no ready replica,
+    `still_since` since when clocks stand still by that; not in a pause, which stops them itself.
     `waiting_since`: when the step's hold was over but evidence was missing. `acknowledged` has
     (trigger, outcome) that a person resumed past: it does not pause again while it lasts.
-    `elapsed_s` is how long a paused rollout had been in `resume_to`. `warm_until`: how long the old
+    `elapsed_s` is how long a paused rollout had been in `resume_to`. `units_waived`: a person went
+    on from a bake that lacked requests. `warm_until`: how long the old
     version is kept after success.
     """
 
@@ -185,8 +187,10 @@ class Rollout:
     restarts: tuple[float, ...] = ()
     stable_lost_at: float | None = None
     canary_lost_at: float | None = None
+    still_since: float | None = None
     waiting_since: float | None = None
     elapsed_s: float = 0.0
+    units_waived: bool = False
     warm_until: float | None = None
 
     @property
@@ -297,7 +301,8 @@ _DERIVED: Final = ("epoch", "weight", "shadow")
 class Snapshot:
     """The world at one tick. `now` is Unix seconds.
 
-    `canary_failed` says why the canary can never start ("" where it still may). `counts` maps an
+    `canary_failed` says why the canary can never start ("" where it still may). Not `current`:
+    nobody looked for a while, and what was counted meanwhile may not be known yet. `counts` maps an
     epoch to its totals over all gateways. `providers` maps the name of a trigger, or the key of a
     `Hook`, to its last answers. `revision` is the route table's, `gateways_at` the lowest that a
     gateway is known to run (0 where that is not known of any). `restarts` are times at which a
@@ -316,6 +321,7 @@ class Snapshot:
     revision: int
     gateways_at: int
     canary_failed: str = ""
+    current: bool = True
     counts: Mapping[int, EpochCounts] = field(default_factory=dict)
     providers: Mapping[str, ProviderState] = field(default_factory=dict)
     restarts: tuple[float, ...] = ()

@@ -195,7 +195,8 @@ def test_without_traffic_nothing_is_made_up() -> None:
 
 def test_a_pause_by_a_trigger_names_it_and_its_sentence() -> None:
     bad = ProviderState("fail", fails=3, message="load is 0.97")
-    story = Story(SAFE).until("observing").answer("saturation", bad).pass_time()
+    story = Story(SAFE).answer("saturation", ProviderState("ok")).until("observing")
+    story.answer("saturation", bad).pass_time()
     assert story.rollout.state == "paused"
     text = printed(explain_view(story.to_dict(), [], story.now))
     assert "by controller: saturation" in text
@@ -266,6 +267,12 @@ def test_a_plan_says_how_long_it_takes_at_the_traffic_of_now(per_s: float, said:
     for sentence in said:
         assert sentence in text
     assert ("step 2: 5 % for 5 min;" in text) is (per_s < 1)
+
+
+def test_a_plan_without_steps_says_that_traffic_is_too_low_for_its_shadow() -> None:
+    text = printed(plan_of(default_plan("blue-green"), 0.01))
+    assert "too low for this plan: it is paused in the shadow traffic" in text
+    assert "15 min; too little traffic for its 50 pairs: it is paused after 45 min" in text
 
 
 def test_what_nobody_can_foretell_is_at_least() -> None:

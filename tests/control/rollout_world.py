@@ -114,8 +114,11 @@ def check(controller: Controller) -> None:
             v for v in rollout.verdicts if v.verdict is Outcome.FAIL and v.action == "rollback"
         ]
         if failed and rollout.active and not rollout.spec.analysis.dry_run:
-            assert rollout.weight == 0.0
             route = controller.board.table.models.get(rollout.model)
+            if rollout.stable_lost_at is not None:
+                assert route is None or not route.arms[rollout.stable].endpoints, "withheld in vain"
+                continue
+            assert rollout.weight == 0.0
             if route is not None and route.split is not None:
                 assert route.split.weight == 0.0, "a verdict that is not published"
 

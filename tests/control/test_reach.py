@@ -115,6 +115,7 @@ def test_two_gateways_confirm_a_rollback_within_a_quarter_of_a_second(
     async def scenario() -> None:
         controller = await world.serving(rollout=plan)
         await world.change(controller, "2", rollout=plan)
+        world.providers.answers["load"] = ProviderState("ok")
         await world.until(controller, "observing")
         let_time_pass(controller)
         await controller.start()

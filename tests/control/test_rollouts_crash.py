@@ -52,12 +52,13 @@ ENDS = {
 class Fuse:
     """Ends a controller `when` ("before" or "after") its effect `at`; `effects` counts them all.
 
-    With `again`, every controller that follows has the same fuse.
+    With `again`, every controller that follows has the same fuse. Nobody takes over for `away_s`.
     """
 
     at: int
     when: str = "after"
     again: bool = False
+    away_s: float = 0.0
     effects: int = 0
     armed: bool = False
     blown: int = 0
@@ -108,6 +109,7 @@ async def simulate(home: Path, story: str, fuse: Fuse) -> End:
                 return
             except Crash:
                 fuse.armed = False
+                world.monotonic += fuse.away_s
                 controller = await world.controller(fuse.wrap)
                 world.announce(controller)
                 for gateway in world.traffic.fleet:
@@ -200,7 +202,8 @@ def test_every_controller_ends_at_once(
 def test_one_crash_somewhere(clean: dict[str, tuple[End, int]], tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     story = rng.choice(list(STORIES))
-    fuse = Fuse(rng.randint(1, clean[story][1]), rng.choice(("before", "after")))
+    at, when = rng.randint(1, clean[story][1]), rng.choice(("before", "after"))
+    fuse = Fuse(at, when, away_s=rng.choice((0.0, 600.0)))
     end = asyncio.run(simulate(tmp_path, story, fuse))
     assert fuse.blown == 1
     assert_as_without_a_crash(end, clean[story][0], story)

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from serving.core.rollout import Rollout, State, decide
+from serving.core.rollout_clocks import left_out, unwatched_s
 from serving.core.rollout_facts import CanaryGpu
+from serving.core.rollout_outlook import next_sentence
 from serving.core.rollout_progress import due_hooks
 from serving.core.rollout_spec import (
     Bake,
@@ -221,7 +223,10 @@ def test_a_canary_answers_for_a_lost_stable_and_nothing_is_decided_meanwhile() -
     w.tick(30)
     w.stable_ready = 0
     assert w.tick().weight == 1
-    assert w.next == "On hold: version 1 has no ready replica. Goes on when it is back."
+    assert w.next == (
+        "On hold: version 1 has no ready replica. Goes on when it is back, or without it: "
+        "serving rollout promote digits."
+    )
     w.tick(500)
     assert (w.rollout.state, w.rollout.step) == (State.OBSERVING, 0)
     w.stable_ready = 1
@@ -237,14 +242,9 @@ def test_no_client_meets_the_canary_before_its_first_step_even_if_stable_is_lost
     assert (w.rollout.state, w.rollout.weight) == (State.SHADOWING, 0)
 
 
-@pytest.mark.parametrize(
-    "state",
-    [State.SHADOWING, State.OBSERVING, State.AWAITING_GATE, State.PROMOTING, State.BAKING],
-)
+@pytest.mark.parametrize("state", [State.SHADOWING, State.OBSERVING, State.AWAITING_GATE])
 def test_no_clock_runs_out_while_stable_is_away(state: State) -> None:
     w = world(gated(timeout_s=600), rate=0 if state is State.OBSERVING else 200)
-    if state in (State.PROMOTING, State.BAKING):
-        w.to(State.AWAITING_GATE).say("approve")
     w.to(state)
     w.stable_ready = 0
     w.tick()
@@ -253,16 +253,107 @@ def test_no_clock_runs_out_while_stable_is_away(state: State) -> None:
         assert w.rollout.state is state
 
 
+@pytest.mark.parametrize("state", [State.PROMOTING, State.BAKING])
+def test_promotion_and_bake_go_on_without_stable(state: State) -> None:
+    w = world().to(state)
+    w.stable_ready = 0
+    w.tick()
+    assert w.next.endswith(" Version 1 has no ready replica.")
+    assert "On hold" not in w.next
+    before = w.now
+    w.to(State.SUCCEEDED)
+    assert w.now - before == pytest.approx(120, abs=2)
+    assert w.rollout.weight == 1
+
+
+@pytest.mark.parametrize("state", [State.PROMOTING, State.BAKING])
+def test_promotion_and_bake_wait_for_a_canary_that_is_away(state: State) -> None:
+    w = world().to(state)
+    w.tick(60 if state is State.BAKING else 0)
+    now = w.rollout.state
+    w.canary_ready = 0
+    w.tick()
+    w.tick(90)
+    assert w.rollout.state is now
+    w.canary_ready = 2
+    w.tick()
+    w.to(State.BAKING)
+    w.tick(58)
+    assert w.rollout.state is State.BAKING
+
+
+def test_a_bake_does_not_succeed_over_a_verdict_that_is_withheld() -> None:
+    w = world().to(State.BAKING)
+    w.stable_ready, w.restarts = 0, (w.now - 2, w.now - 1)
+    w.tick()
+    w.tick(200)
+    assert w.rollout.state is State.BAKING
+    assert "would be taken back" in w.next
+    w.stable_ready = 1
+    assert w.tick().state is State.ROLLING_BACK
+
+
+def test_a_bake_without_requests_takes_nothing_back_while_stable_is_away() -> None:
+    rule = InsufficientData(300, "rollback")
+    w = world(all_at_once(shadow=None, analysis=analysis(on_insufficient_data=rule)), rate=0)
+    w.to(State.BAKING).tick(120)
+    w.stable_ready = 0
+    w.tick()
+    assert w.tick(300).state is State.BAKING
+    w.stable_ready = 1
+    assert w.tick().state is State.ROLLING_BACK
+
+
 def test_with_both_arms_away_the_canary_has_no_weight() -> None:
     w = world().to(State.OBSERVING)
     w.stable_ready = w.canary_ready = 0
     assert w.tick().weight == 0
 
 
+@pytest.mark.parametrize("state", [State.SHADOWING, State.OBSERVING, State.PAUSED, State.BAKING])
+def test_a_verdict_waits_until_there_is_a_version_to_go_back_to(state: State) -> None:
+    w = world()
+    if state is State.PAUSED:
+        w.to(State.OBSERVING).say("pause")
+    w.to(state)
+    w.stable_ready, w.restarts = 0, (w.now - 2, w.now - 1)
+    for _ in range(5):
+        assert w.tick().state is state, "who answers is not taken away while nobody else can"
+        assert w.rollout.weight == (0 if state is State.SHADOWING else 1)
+    failed = next(v for v in w.rollout.verdicts if v.verdict == "fail")
+    assert w.next == (
+        "Version 2 would be taken back, but version 1 has no ready replica. Is taken back when it "
+        f"is back, or by an abort: {failed.sentence}."
+    )
+    w.stable_ready = 1
+    assert w.tick().state is State.ROLLING_BACK
+    assert (w.rollout.weight, w.rollout.reason) == (0, failed.sentence)
+
+
+def test_a_silent_provider_takes_nothing_back_either_while_stable_is_away() -> None:
+    rule = ProviderErrors(5, "rollback")
+    w = world(plan(analysis=analysis(QUEUE, on_provider_error=rule)), providers={"queue": OK})
+    w.to(State.OBSERVING)
+    w.stable_ready, w.providers = 0, {"queue": SILENT}
+    assert (w.tick().state, w.rollout.weight) == (State.OBSERVING, 1)
+    assert "queue did not answer 5 times in a row" in w.next
+    w.stable_ready = 1
+    assert w.tick().state is State.ROLLING_BACK
+
+
+def test_a_person_aborts_while_stable_is_away() -> None:
+    w = world().to(State.OBSERVING)
+    w.stable_ready = 0
+    w.tick()
+    w.say("abort")
+    assert (w.rollout.state, w.rollout.weight) == (State.ROLLING_BACK, 0)
+
+
 def test_a_version_that_failed_answers_nothing_even_if_stable_is_lost() -> None:
     w = world().to(State.BAKING)
-    w.stable_ready, w.restarts = 0, (w.now - 2, w.now - 1)
+    w.restarts = (w.now - 2, w.now - 1)
     assert w.tick().state is State.ROLLING_BACK
+    w.stable_ready = 0
     assert w.rollout.weight == 0
     for _ in range(99):
         assert w.tick().state is State.ROLLING_BACK
@@ -366,6 +457,110 @@ def test_what_the_canary_answered_for_a_lost_stable_is_none_of_a_steps_requests(
     assert "version 2 has answered 3 of the 50 requests that this step needs" in w.next
 
 
+def all_at_once(**changes: object) -> RolloutSpec:
+    """PLAN without steps: from the shadow straight to the promotion."""
+    return plan(steps=(), **changes)
+
+
+def test_without_steps_a_shadow_that_compared_next_to_nothing_promotes_nothing() -> None:
+    rule = InsufficientData(300, "pause")
+    w = world(all_at_once(analysis=analysis(on_insufficient_data=rule)), rate=0)
+    w.to(State.SHADOWING).tick(60)
+    w.tick(299)
+    assert (w.rollout.state, w.rollout.weight) == (State.SHADOWING, 0)
+    assert w.next == (
+        "Version 2 is promoted once there is evidence: 0 pairs of answers were compared of the 50 "
+        "that a promotion without steps needs. Without it the rollout is paused in 1 s."
+    )
+    assert w.tick().state is State.PAUSED
+    assert w.rollout.reason == (
+        "evidence was still missing 5 min after the shadow traffic: 0 pairs of answers were "
+        "compared of the 50 that a promotion without steps needs"
+    )
+    w.say("resume")
+    w.rate = 1000
+    assert w.tick().state is State.PROMOTING
+
+
+def test_without_steps_some_pairs_are_enough_at_the_end_of_the_shadow() -> None:
+    w = world(all_at_once(shadow=replace(PLAN.shadow, min_pairs=2000)), rate=20)
+    w.to(State.PROMOTING)
+    assert w.rollout.reason == "60 s of shadow traffic gave 240 pairs of answers"
+
+
+@pytest.mark.parametrize("steps", [(), PLAN.steps])
+def test_a_provider_that_never_answered_keeps_the_shadow_back(steps: tuple[Step, ...]) -> None:
+    spec = plan(steps=steps, analysis=analysis(QUEUE))
+    w = world(spec, providers={"queue": ProviderState("unknown")}).to(State.SHADOWING)
+    w.tick(60)
+    w.tick(600)
+    assert (w.rollout.state, w.rollout.waiting_since) == (State.SHADOWING, w.now - 600)
+    assert "once there is evidence: queue: no answer" in w.next
+    w.providers = {"queue": SILENT}
+    assert w.tick().state is State.PAUSED
+    w.say("resume")
+    assert w.tick().state is (State.OBSERVING if steps else State.PROMOTING)
+
+
+def test_a_provider_that_never_answered_keeps_the_bake_back() -> None:
+    w = world(plan(analysis=analysis(QUEUE)), providers={"queue": OK}).to(State.BAKING)
+    w.providers = {"queue": ProviderState("unknown")}
+    w.tick(120)
+    w.tick(600)
+    assert w.rollout.state is State.BAKING
+    assert w.next.startswith("Succeeds once there is evidence: queue: no answer")
+    assert due_hooks(w.rollout, w.snapshot()) == ()
+    assert w.tick(1200).state is State.PAUSED
+    assert w.rollout.weight == 1
+    w.say("resume")
+    w.providers = {"queue": OK}
+    assert w.tick().state is State.SUCCEEDED
+
+
+def test_a_bake_needs_requests_as_a_step_does() -> None:
+    w = world(all_at_once(shadow=None), rate=0).to(State.BAKING)
+    w.tick(120)
+    assert w.rollout.state is State.BAKING
+    assert w.next == (
+        "Succeeds once there is evidence: version 2 has answered 0 of the 50 requests that a "
+        "rollout needs. Without it the rollout is paused in 30 min."
+    )
+    w.rate = 10
+    w.tick(4)
+    assert "has answered 40 of the 50" in w.next
+    assert w.tick().state is State.SUCCEEDED
+
+
+def test_requests_of_the_steps_count_for_the_bake() -> None:
+    w = world().to(State.BAKING)
+    w.rate = 0
+    assert w.tick(120).state is State.SUCCEEDED
+
+
+def test_who_resumes_a_bake_that_is_over_goes_on_without_requests() -> None:
+    w = world(all_at_once(shadow=None), rate=0).to(State.BAKING)
+    w.tick(60)
+    w.say("pause")
+    w.say("resume")
+    w.tick(60)
+    w.tick(1799)
+    assert w.rollout.state is State.BAKING, "that pause was not for want of requests"
+    assert w.tick().state is State.PAUSED
+    assert w.next.endswith("Goes on with its bake when resumed.")
+    w.say("resume", "nobody uses it at night")
+    assert stored(w.tick()).state is State.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("action", "state"), [("rollback", State.ROLLING_BACK), ("proceed", State.SUCCEEDED)]
+)
+def test_a_plan_says_what_a_bake_without_requests_comes_to(action: str, state: State) -> None:
+    rule = InsufficientData(300, action)  # type: ignore[arg-type]
+    w = world(all_at_once(shadow=None, analysis=analysis(on_insufficient_data=rule)), rate=0)
+    w.to(State.BAKING).tick(120)
+    assert w.tick(300).state is state
+
+
 # Pauses.
 
 
@@ -407,6 +602,64 @@ def test_a_person_pauses_in_every_state_that_can_wait(state: State) -> None:
     assert w.rollout.state is state
 
 
+LONG = plan(steps=(Step(5, 200), Step(50, 60)))
+
+
+def test_an_arm_that_goes_in_a_pause_and_comes_back_after_it_is_not_taken_off_twice() -> None:
+    w = world(LONG).to(State.OBSERVING)
+    w.tick(100)
+    w.say("pause")
+    w.stable_ready = 0
+    w.tick(10)
+    w.tick(30_000)
+    w.say("resume")
+    w.tick(2)
+    w.stable_ready = 2
+    w.tick()
+    assert w.next == "Step 2 (50 %) begins in 100 s if nothing speaks against it."
+
+
+def test_an_arm_that_comes_back_in_a_pause_was_away_before_it() -> None:
+    w = world(LONG).to(State.OBSERVING)
+    w.tick(100)
+    w.stable_ready = 0
+    w.tick()
+    w.tick(50)
+    w.say("pause")
+    w.tick(10)
+    w.stable_ready = 2
+    w.tick(10)
+    w.say("resume")
+    assert w.next == "Step 2 (50 %) begins in 99 s if nothing speaks against it."
+
+
+def test_both_arms_away_at_once_are_away_once() -> None:
+    w = world(LONG).to(State.OBSERVING)
+    w.tick(100)
+    w.stable_ready = 0
+    w.tick()
+    w.canary_ready = 0
+    w.tick(30)
+    w.tick(30)
+    w.stable_ready = 2
+    w.tick(10)
+    w.canary_ready = 2
+    w.tick(10)
+    assert w.next == "Step 2 (50 %) begins in 99 s if nothing speaks against it."
+    w.to(State.OBSERVING, step=1)
+
+
+def test_what_stopped_the_clocks_of_a_step_is_no_matter_of_the_bake() -> None:
+    w = world(LONG).to(State.OBSERVING)
+    w.stable_ready = 0
+    w.tick(100)
+    w.say("promote")
+    w.to(State.BAKING)
+    w.stable_ready = 2
+    w.tick(20)
+    assert w.next == "Succeeds in 100 s if nothing speaks against it."
+
+
 def test_a_bake_does_not_go_on_while_it_is_paused() -> None:
     w = world().to(State.BAKING)
     w.tick(100)
@@ -417,10 +670,8 @@ def test_a_bake_does_not_go_on_while_it_is_paused() -> None:
 
 
 def test_a_silent_provider_pauses_but_neither_fails_nor_passes() -> None:
-    w = world(
-        plan(analysis=analysis(QUEUE)), providers={"queue": ProviderState("unknown", errors=4)}
-    )
-    w.to(State.OBSERVING)
+    w = world(plan(analysis=analysis(QUEUE)), providers={"queue": OK}).to(State.OBSERVING)
+    w.providers = {"queue": ProviderState("unknown", errors=4)}
     w.tick(60)
     assert w.rollout.step == 0
     assert w.next.startswith("Step 2 (50 %) begins once there is evidence: queue: no answer")
@@ -539,6 +790,9 @@ def test_a_person_overrules_a_gate_that_says_no_only_beforehand() -> None:
 
 def hooked() -> RolloutSpec:
     return plan(webhooks=(Webhook("pre-rollout", "http://a"), Webhook("pre-step", "http://b")))
+
+
+HOOK_KEYS = ("pre-rollout:0:0", "pre-step:0:0", "pre-step:1:0", "pre-step:2:0")
 
 
 def test_webhooks_are_asked_when_their_time_has_come() -> None:
@@ -773,3 +1027,58 @@ def test_who_promotes_past_a_pause_is_not_paused_by_it_again() -> None:
     w.tick()
     w.gpus = (CanaryGpu("a", "GPU-1", free=0.01, of="its lease"),)
     assert w.tick().state is State.PAUSED
+
+
+# Time in which nobody looked.
+
+
+def missed(w: World, seconds: float) -> None:
+    """So long nobody looked; what gateways counted is not known yet."""
+    w.now += seconds
+    w.rollout = left_out(w.rollout, unwatched_s(w.rollout, w.now - seconds, w.now))
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(5, 25), (1000, 25), (-1000, 30)])
+def test_of_a_time_in_which_nobody_looked_a_few_ticks_count(seconds: float, left: float) -> None:
+    w = world().to(State.OBSERVING)
+    w.tick(30)
+    missed(w, seconds)
+    assert w.next == f"Step 2 (50 %) begins in {left} s if nothing speaks against it."
+
+
+def test_no_wait_runs_out_while_nobody_looks() -> None:
+    w = world(rate=0).to(State.OBSERVING)
+    w.tick(60)
+    missed(w, 10_000)
+    w.canary_ready = 0
+    assert w.tick().state is State.OBSERVING
+    missed(w, 10_000)
+    assert w.tick().state is State.OBSERVING, "since when it lacks evidence, and a replica"
+    w.canary_ready = 2
+    w.tick()
+    assert "is paused in 30 min" in w.next
+    w.say("pause")
+    w.tick(20)
+    missed(w, 10_000)
+    w.say("resume")
+    assert w.rollout.step_entered_at == pytest.approx(w.now - 65, abs=5)
+
+
+def test_after_it_nothing_goes_on_by_old_counts_but_what_fails_is_taken_back() -> None:
+    w = world(hooked(), providers=dict.fromkeys(HOOK_KEYS, OK)).to(State.OBSERVING)
+    w.tick(59)
+    w.now += 10
+    stale = replace(w.snapshot(), current=False)
+    w.rollout = decide(w.rollout, stale)
+    assert (w.rollout.state, w.rollout.step) == (State.OBSERVING, 0)
+    assert next_sentence(w.rollout, stale) == (
+        "Step 2 (50 %) begins when gateways have said what they counted meanwhile."
+    )
+    failing = replace(stale, restarts=(w.now - 2, w.now - 1))
+    assert decide(w.rollout, failing).state is State.ROLLING_BACK
+    assert decide(w.rollout, w.snapshot()).step == 1
+    late = world(canary_ready=0).to(State.PREPARING)
+    late.now += 200
+    stale = replace(late.snapshot(), current=False)
+    assert decide(late.rollout, stale).state is State.PREPARING
+    assert decide(late.rollout, late.snapshot()).state is State.ROLLED_BACK

@@ -43,3 +43,16 @@ def test_what_compares_nothing_needs_no_traffic() -> None:
         assert [s.seconds for s in step_times(plan, 0.0)[1:]] == [120, 300, 300, 300]
     gate = step_times(default_plan("shadow-only"), 0.0)
     assert gate[1:] == (StepTime(0, 0, 0.0),)
+
+
+def test_without_steps_the_shadow_has_to_give_some_pairs() -> None:
+    at_once = default_plan("blue-green")
+    assert step_times(at_once, 200.0) == (StepTime(-1, 2000, 50.0),)
+    assert step_times(at_once, 1.0) == (StepTime(-1, 2000, 900.0),)
+    assert step_times(at_once, 0.2) == (StepTime(-1, 50, 1250.0),)
+    assert step_times(at_once, 0.0) == (StepTime(-1, 50, None, "pause"),)
+    rule = InsufficientData(60, "proceed")
+    goes_on = replace(at_once, analysis=replace(at_once.analysis, on_insufficient_data=rule))
+    assert step_times(goes_on, 0.0) == (StepTime(-1, 50, 960.0, "proceed"),)
+    dry = replace(at_once, analysis=replace(at_once.analysis, dry_run=True))
+    assert step_times(dry, 0.0) == (StepTime(-1, 2000, 900.0),)

@@ -85,8 +85,11 @@ def check_tick(w: World, before: Rollout) -> None:
             assert r.weight == (1.0 if r.planned_weight > 0 else 0.0)
     failed = [v for v in r.verdicts if v.verdict is Outcome.FAIL and v.action == "rollback"]
     if failed and before.stage in WATCHED and not r.spec.analysis.dry_run:
-        assert r.weight == 0
-        assert r.state is State.ROLLING_BACK
+        # A verdict is withheld only while stable has no replica: nobody else could answer.
+        assert r.state is State.ROLLING_BACK or w.stable_ready == 0
+        assert r.weight == 0 or r.state is not State.ROLLING_BACK
+    if r.state is State.ROLLING_BACK and before.stage in WATCHED and w.stable_ready == 0:
+        assert "no ready replica" in r.reason or w.canary_failed
     assert w.next
 
 
