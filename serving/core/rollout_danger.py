@@ -92,7 +92,8 @@ def _sentences(verdicts: tuple[Verdict, ...]) -> str:
 
 
 def _canary_gone(rollout: Rollout, snapshot: Snapshot) -> str:
-    if snapshot.canary_failed:
+    last_to_answer = rollout.stable_lost_at is not None and snapshot.canary_ready
+    if snapshot.canary_failed and not last_to_answer:
         return f"version {rollout.canary} failed: {snapshot.canary_failed}"
     lost_at, limit = rollout.canary_lost_at, rollout.spec.ready_timeout_s
     if lost_at is not None and snapshot.now - lost_at >= limit and snapshot.current:

@@ -341,6 +341,14 @@ def test_a_silent_provider_takes_nothing_back_either_while_stable_is_away() -> N
     assert w.tick().state is State.ROLLING_BACK
 
 
+def test_a_canary_of_which_a_part_cannot_start_is_kept_while_stable_is_away() -> None:
+    w = world().to(State.OBSERVING)
+    w.stable_ready, w.canary_failed = 0, "the golden outputs differ"
+    assert (w.tick().state, w.rollout.weight) == (State.OBSERVING, 1)
+    w.stable_ready = 1
+    assert w.tick().state is State.ROLLING_BACK
+
+
 def test_a_person_aborts_while_stable_is_away() -> None:
     w = world().to(State.OBSERVING)
     w.stable_ready = 0
